@@ -1,0 +1,279 @@
+"""One prompt to a stream of decoded steps on one KV slot; neither queue nor chat history is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.chat import stop_ids
+from engine.errors import HaloError
+from engine.locate import ModelCard, read_card
+from engine.sampling import SamplingParams, make_rng, sample
+from engine.tokenizer import Tokenizer
+
+PREFILL_CHUNK: Final = 64  # a cancelled request is noticed between chunks
+
+
+class ContextOverflow(HaloError):
+    """A prompt that leaves no room for even one token."""
+
+    def __init__(self, tokens: int, context: int, *, at_least: bool = False) -> None:
+        few = "at least " if at_least else ""
+        super().__init__(
+            f"The prompt is {few}{tokens} tokens long and the context of the model holds {context}.",
+            hint="shorten the prompt; room for at least one new token must remain.",
+        )
+        self.tokens = tokens
+        self.context = context
+
+
+class TokenSession(Protocol):
+    """What generation needs of engine.backend.Session: tokens at positions of slots in, logits out."""
+
+    def run(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
+    ) -> NDArray[np.float32]:
+        """Logits f32[n_wanted, vocab]; KV entries at `positions` are overwritten, earlier ones are read."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decoded token.
+
+    `text` is what may be shown by now: held back are half characters and what may become a stop string.
+    `finish_reason` is "stop" or "length" on the last step. `is_end` marks the model's own end token, which is
+    no part of the answer and is not counted.
+    """
+
+    token_id: int
+    text: str
+    finish_reason: str | None = None
+    is_end: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole continuation, collected."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+
+
+class Engine:
+    """A model, its tokenizer and one KV slot. Not for use by two threads at once."""
+
+    def __init__(
+        self,
+        session: TokenSession,
+        tokenizer: Tokenizer,
+        card: ModelCard,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.card = card
+        self.facts = facts or {}
+        self.context = card.context
+        self._session = session
+        self._closers: list[Callable[[], None]] = [session.close]
+        self._stop_ids = stop_ids(tokenizer)
+        self._cached: list[int] = []  # tokens whose keys and values the slot holds
+
+    @classmethod
+    def open(
+        cls,
+        model_dir: Path,
+        library: Path | None = None,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+    ) -> Engine:
+        """Open a model directory (model.halo, tokenizer.htok, model.json) on the native backend."""
+        from engine.backend import NativeModel
+
+        card = read_card(model_dir)
+        tokenizer = Tokenizer.from_htok(model_dir / "tokenizer.htok")
+        model = NativeModel.open(model_dir / "model.halo", library)
+        try:
+            if model.config.vocab_size != tokenizer.size:
+                raise HaloError(
+                    f"The model in {model_dir} has {model.config.vocab_size} tokens and its tokenizer "
+                    f"{tokenizer.size}.",
+                    hint="they are of different models: run `halo install` again.",
+                )
+            length = min(context or card.context, card.context, model.config.max_seq_len)
+            session = model.session(slots=1, context=length, threads=threads)
+        except BaseException:
+            model.close()
+            raise
+        engine = cls(session, tokenizer, ModelCard(card.name, card.chat_template, length), dict(model.facts))
+        engine._closers.append(model.close)
+        return engine
+
+    def close(self) -> None:
+        """Free the session and the model; twice does no harm."""
+        closers, self._closers = self._closers, []
+        for closer in closers:
+            closer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """bos and the tokens of `text`; raises ContextOverflow before encoding what cannot fit."""
+        fewest = 1 + self.tokenizer.fewest_tokens(text)
+        if fewest >= self.context:
+            raise ContextOverflow(fewest, self.context, at_least=True)
+        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Raise HaloError for a prompt that cannot be run: empty, too long, or with ids the model lacks."""
+        if not prompt_ids:
+            raise HaloError("The prompt has no tokens.", hint="give at least one token.")
+        if len(prompt_ids) >= self.context:
+            raise ContextOverflow(len(prompt_ids), self.context)
+        for token in prompt_ids:
+            if not 0 <= token < self.tokenizer.size:
+                raise HaloError(
+                    f"Token id {token} is outside the vocabulary of {self.tokenizer.size}.",
+                    hint="encode the prompt with this model's tokenizer.",
+                )
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        index: int = 0,
+        strip_leading: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Step]:
+        """Decode step by step; the last step has a finish_reason, unless `cancelled` came true first.
+
+        `index` numbers the choice (it varies the seed). `strip_leading` drops white space before the first
+        word, for a template that leaves it to the model.
+        """
+        params.validate()
+        self.check_prompt(prompt_ids)
+        rng = make_rng(params.seed, index)
+        text = _TextStream(self.tokenizer, params.stop, strip_leading)
+        room = self.context - len(prompt_ids)
+        left = room if params.max_tokens is None else min(params.max_tokens, room)
+        logits = self._prefill(prompt_ids, cancelled)
+        while logits is not None and not cancelled():
+            token = sample(logits, params, rng)
+            step = self._step(token, text, last=left == 1)
+            yield step
+            if step.finish_reason is not None:
+                return
+            left -= 1
+            logits = self._run([token], len(self._cached))
+
+    def complete(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, strip_leading: bool = False
+    ) -> Completion:
+        """Run `generate` to its end."""
+        ids: list[int] = []
+        pieces: list[str] = []
+        reason = "length"
+        for step in self.generate(prompt_ids, params, strip_leading=strip_leading):
+            pieces.append(step.text)
+            if not step.is_end:
+                ids.append(step.token_id)
+            reason = step.finish_reason or reason
+        return Completion(ids, "".join(pieces), reason)
+
+    def _step(self, token: int, text: _TextStream, *, last: bool) -> Step:
+        if token in self._stop_ids:
+            return Step(token, text.finish(), "stop", is_end=True)
+        piece = text.feed(token)
+        if not text.stopped and last:
+            piece += text.finish()
+            return Step(token, piece, "stop" if text.stopped else "length")
+        return Step(token, piece, "stop" if text.stopped else None)
+
+    def _prefill(
+        self, prompt_ids: Sequence[int], cancelled: Callable[[], bool]
+    ) -> NDArray[np.float32] | None:
+        """Logits after the prompt, or None where cancelled. What the slot already holds is not run again."""
+        start = min(_common_prefix(self._cached, prompt_ids), len(prompt_ids) - 1)
+        logits = None
+        while start < len(prompt_ids):
+            if cancelled():
+                return None
+            chunk = prompt_ids[start : start + PREFILL_CHUNK]
+            logits = self._run(chunk, start)
+            start += len(chunk)
+        return logits
+
+    def _run(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Run tokens at positions start.. and return the logits f32[vocab] after the last."""
+        n = len(tokens)
+        del self._cached[start:]  # whatever happens now, what stood there is gone
+        want = [False] * (n - 1) + [True]
+        logits = self._session.run(list(tokens), [0] * n, list(range(start, start + n)), want)
+        self._cached.extend(tokens)
+        last: NDArray[np.float32] = logits[-1]
+        return last
+
+
+class _TextStream:
+    """Tokens to text that may be shown: whole characters, no stop string, no beginning of one."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], strip_leading: bool) -> None:
+        self._decoder = tokenizer.decode_stream()
+        self._stop = tuple(stop)
+        self._strip = strip_leading
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        return self._release(self._decoder.feed(token), at_end=False)
+
+    def finish(self) -> str:
+        return self._release(self._decoder.finish(), at_end=True)
+
+    def _release(self, text: str, *, at_end: bool) -> str:
+        if self._strip:
+            text = text.lstrip()
+            self._strip = not text
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            keep = min(found)
+        else:
+            keep = len(self._held) - (0 if at_end else _longest_tail(self._held, self._stop))
+        shown, self._held = self._held[:keep], "" if found else self._held[keep:]
+        return shown
+
+
+def _longest_tail(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` with which some stop string begins."""
+    best = 0
+    for word in stop:
+        for length in range(min(len(word) - 1, len(text)), best, -1):
+            if text.endswith(word[:length]):
+                best = length
+                break
+    return best
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n

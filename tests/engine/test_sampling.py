@@ -1,0 +1,81 @@
+"""Sampling: the distribution that was asked for, the same on every run of a seed; bad logits are an error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import HaloError
+from engine.sampling import SamplingParams, make_rng, sample
+
+LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+
+
+def draws(params: SamplingParams, count: int = 20_000) -> np.ndarray:
+    rng = make_rng(1)
+    return np.bincount([sample(LOGITS, params, rng) for _ in range(count)], minlength=4) / count
+
+
+def test_greedy_takes_the_lowest_id_on_a_tie():
+    logits = np.array([0, 3, 1, 3], np.float32)
+    assert sample(logits, SamplingParams(), make_rng(None)) == 1
+    assert sample(logits, SamplingParams(temperature=2.0, top_k=1), make_rng(None)) == 1
+
+
+def test_temperature_one_is_the_models_own_distribution():
+    assert np.abs(draws(SamplingParams(temperature=1.0)) - [0.5, 0.3, 0.15, 0.05]).max() < 0.02
+
+
+def test_temperature_sharpens_and_flattens():
+    assert draws(SamplingParams(temperature=0.5))[0] > 0.6
+    assert draws(SamplingParams(temperature=5.0))[3] > 0.15
+
+
+def test_top_k_and_top_p_keep_the_smallest_set_and_renormalise():
+    assert np.abs(draws(SamplingParams(temperature=1.0, top_k=2)) - [0.625, 0.375, 0, 0]).max() < 0.02
+    assert np.abs(draws(SamplingParams(temperature=1.0, top_p=0.79)) - [0.625, 0.375, 0, 0]).max() < 0.02
+    assert draws(SamplingParams(temperature=1.0, top_p=0.01), 500)[0] == 1.0
+
+
+@given(
+    logits=st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=50),
+    temperature=st.floats(1e-12, 100),
+    top_p=st.floats(1e-9, 1),
+    top_k=st.integers(0, 60),
+    seed=st.integers(-(2**63), 2**64),
+)
+def test_any_finite_logits_and_parameters_give_a_token_that_repeats(logits, temperature, top_p, top_k, seed):
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    array = np.array(logits, np.float32)
+    first = sample(array, params, make_rng(seed))
+    assert 0 <= first < len(logits)
+    assert first == sample(array, params, make_rng(seed))
+
+
+def test_a_large_vocabulary_with_equal_logits_is_drawn_from_evenly():
+    rng = make_rng(3)
+    tokens = [sample(np.zeros(1000, np.float32), SamplingParams(temperature=1.0), rng) for _ in range(3000)]
+    assert len(set(tokens)) > 900
+
+
+def test_choices_of_one_seed_are_different_streams():
+    assert make_rng(5, 0).random() != make_rng(5, 1).random() != make_rng(5, 2).random()
+    assert make_rng(5).random() == make_rng(5, 0).random()
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 1], [1, np.inf], [-np.inf, -np.inf]])
+def test_logits_that_are_no_numbers_are_an_error_not_a_token(bad):
+    with pytest.raises(HaloError, match="no numbers"):
+        sample(np.array(bad, np.float32), SamplingParams(), make_rng(None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1},
+     {"top_k": -1}, {"stop": ("",)}],
+)  # fmt: skip
+def test_parameters_out_of_range_are_refused(change):
+    with pytest.raises(HaloError):
+        SamplingParams(**change).validate()
