@@ -1,4 +1,5 @@
 """What every room's tests share: which marked tests run on this machine, and in which order."""
+
 from __future__ import annotations
 
 import os

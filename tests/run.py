@@ -4,6 +4,7 @@
 Standard library only. It installs into `.venv` of this checkout, and, as root on a Debian-like machine, the
 Debian packages that the native build and the test hosts need. It is not the installer of halo.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -100,7 +101,7 @@ def make_venv() -> Path:
     say(f"making {VENV.name} from {LOCK.relative_to(ROOT)}")
     if call(sys.executable, "-m", "venv", "--clear", VENV) != 0:
         raise CannotRun(f"`{sys.executable} -m venv` failed; its message is above.")
-    if call(python, "-m", "pip", "install", "-q", "--require-hashes", "-r", LOCK) != 0:
+    if call(python, "-m", "pip", "install", "-qq", "--require-hashes", "-r", LOCK) != 0:
         raise CannotRun(f"The packages of {LOCK.name} could not be installed; pip's message is above.")
     STAMP.write_text(key)
     return python

@@ -1,4 +1,5 @@
 """Fixtures of the test hosts: the bridge of this run, and a bare host that tests may share."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

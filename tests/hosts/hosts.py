@@ -4,6 +4,7 @@ Its disk is an overlay above a cached root, mounted in the host's own mount name
 the host; its processes live in a process namespace of their own, so that the kernel ends all of them at once.
 A host dies with the test process, whatever ends that. Not a sandbox against malice.
 """
+
 from __future__ import annotations
 
 import contextlib

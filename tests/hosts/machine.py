@@ -2,6 +2,7 @@
 
 Everything is asked of the machine at run time; no mirror, proxy or path of one machine is written here.
 """
+
 from __future__ import annotations
 
 import functools
@@ -69,12 +70,15 @@ def pip_settings() -> dict[str, str]:
 
 
 def local_paths(values: list[str]) -> list[Path]:
-    """The existing absolute paths and file: addresses named in `values`, each one once."""
+    """The existing absolute paths and file: addresses named in `values`, each one once.
+
+    Of a package index in files, the folder around it: its pages link to their neighbours.
+    """
     found: dict[Path, None] = {}
     for word in (word for value in values for word in value.split()):
-        text = urlsplit(word).path if word.startswith("file:") else word
-        if text.startswith("/") and Path(text).exists():
-            found[Path(text)] = None
+        path = Path(urlsplit(word).path).parent if word.startswith("file:") else Path(word)
+        if path.is_absolute() and len(path.parts) > 2 and path.exists():
+            found[path] = None
     return list(found)
 
 

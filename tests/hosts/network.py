@@ -4,6 +4,7 @@ A host that needs package registries gets user-mode NAT (slirp4netns) in its nam
 machine's own routing or firewall is touched. Names carry the pid of the run that made them, so that a
 later run can remove what a killed one left.
 """
+
 from __future__ import annotations
 
 import os

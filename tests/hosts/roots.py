@@ -2,6 +2,7 @@
 
 A host lays an overlay above one of these. It is not the place for anything that a test changes.
 """
+
 from __future__ import annotations
 
 import fcntl

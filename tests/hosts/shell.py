@@ -1,4 +1,5 @@
 """The one door to subprocesses of the test hosts: argument lists only, output kept, failures told whole."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,4 +1,5 @@
 """The test hosts themselves: if these break, no other result of this folder can be believed."""
+
 from __future__ import annotations
 
 import socket
