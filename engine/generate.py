@@ -49,8 +49,8 @@ class Step:
     """One decoded token.
 
     `text` is what may be shown by now: held back are half characters and what may become a stop string.
-    `finish_reason` is "stop" or "length" on the last step. `is_end` marks the model's own end token, which is
-    no part of the answer and is not counted.
+    `finish_reason` is "stop" or "length" on the last step. `is_end` marks the model's own end token, which
+    makes no text and is not counted in usage.
     """
 
     token_id: int
@@ -61,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole continuation, collected."""
+    """A whole continuation, collected; `token_ids` is all that was decoded, an end token included."""
 
     token_ids: list[int]
     text: str
@@ -189,8 +189,7 @@ class Engine:
         reason = "length"
         for step in self.generate(prompt_ids, params, strip_leading=strip_leading):
             pieces.append(step.text)
-            if not step.is_end:
-                ids.append(step.token_id)
+            ids.append(step.token_id)
             reason = step.finish_reason or reason
         return Completion(ids, "".join(pieces), reason)
 

@@ -92,7 +92,7 @@ class Answer:
         return envelope | {"usage": None} if self.include_usage else envelope
 
     def usage(self, completion_tokens: int) -> dict[str, int]:
-        """Token counts; the model's own end token is not counted."""
+        """Token counts. The model's own end token is in `token_ids`, and not counted here."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -255,18 +255,19 @@ async def _whole(answer: Answer, receive: Receive) -> Response:
     works = answer.job.works
     texts = {work.index: "" for work in works}
     ids: dict[int, list[int]] = {work.index: [] for work in works}
+    count = 0
     reasons: dict[int, str | None] = {}
     async with _cancelled_on_disconnect(answer.job, receive):
         async for index, step in answer.job.steps():
             texts[index] += step.text
-            if not step.is_end:
-                ids[index].append(step.token_id)
+            ids[index].append(step.token_id)
+            count += not step.is_end
             reasons[index] = step.finish_reason
     if answer.job.cancelled() and len(reasons) < len(works):
         raise ClientDisconnect
     choices = [answer.choice(i, texts[i], reasons.get(i), ids[i]) for i in sorted(texts)]
     envelope = answer.envelope("chat.completion" if answer.chat else "text_completion", choices)
-    return _json(envelope | {"usage": answer.usage(sum(map(len, ids.values())))})
+    return _json(envelope | {"usage": answer.usage(count)})
 
 
 class EventStream(Response):
@@ -298,9 +299,8 @@ async def _events(answer: Answer) -> AsyncIterator[dict[str, Any] | bytes]:
             for index in pending:
                 yield answer.opening(index)
         async for index, step in answer.job.steps():
-            if not step.is_end:
-                pending[index].append(step.token_id)
-                count += 1
+            pending[index].append(step.token_id)
+            count += not step.is_end
             if step.text or step.finish_reason:
                 yield answer.chunk(index, step.text, step.finish_reason, pending[index])
                 pending[index] = []

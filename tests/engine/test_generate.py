@@ -34,10 +34,10 @@ def test_the_first_token_is_not_dropped():
 
 
 @pytest.mark.parametrize("end", [EOS, EOT])
-def test_the_models_end_is_a_stop_and_no_token_of_the_answer(end):
+def test_the_models_end_is_a_stop_and_makes_no_text(end):
     engine = make_engine(ScriptedSession([*byte_tokens(b"ab"), end]))
     completion = engine.complete(PROMPT, SamplingParams(max_tokens=9))
-    assert completion.token_ids == byte_tokens(b"ab")
+    assert completion.token_ids == [*byte_tokens(b"ab"), end]
     assert (completion.text, completion.finish_reason) == ("ab", "stop")
 
 
