@@ -1,0 +1,98 @@
+"""Probes that run something, each in its own process group with a timeout. They report; they do not judge."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from checks.case import CompileProbe
+from checks.facts import Facts
+
+COMPILE_SECONDS: Final = 120.0
+MAX_OUTPUT_BYTES: Final = 64 << 10
+
+# It needs what a real build needs: HIP's headers, the device libraries (expf), a host C++ standard library,
+# and gfx11's own dot product.
+KERNEL: Final = r"""
+#include <hip/hip_runtime.h>
+#include <cmath>
+extern "C" __global__ void probe(const int* a, const int* b, float* out, int n) {
+    int sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x)
+        sum = __builtin_amdgcn_sudot4(true, a[i], true, b[i], sum, false);
+    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor(sum, step);
+    if (threadIdx.x == 0) out[blockIdx.x] = expf(static_cast<float>(sum));
+}
+int main() { return std::isnan(0.0f) ? 1 : 0; }
+"""
+
+
+def run_bounded(
+    argv: Sequence[str], *, timeout: float, cwd: Path, env: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """(code, last output). -1: it ran past `timeout` and its whole group was killed; -2: it did not start.
+
+    Output goes to a file, so that a probe that floods it cannot fill our memory, and only its end is read.
+    """
+    with tempfile.TemporaryFile(dir=cwd) as output:
+        try:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=cwd,
+                env=env,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return -2, f"{argv[0]}: {error.strerror}"
+        try:
+            code = process.wait(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            # The group outlives its leader when a compiler driver dies before its children.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        end = output.seek(0, os.SEEK_END)
+        output.seek(max(0, end - MAX_OUTPUT_BYTES))
+        return code, output.read().decode("utf-8", "replace").strip()
+
+
+def compiler_command(facts: Facts, target: str = "gfx1151") -> tuple[str, ...]:
+    """The compile command of the first ROCm root, or () where there is none."""
+    if not facts.rocm:
+        return ()
+    root = facts.rocm[0]
+    driver = (root.hipcc,) if root.hipcc else (root.clang, "-x", "hip", f"--rocm-path={root.path}")
+    return (*driver, f"--offload-arch={target}", "-O2", "-c", "probe.hip", "-o", "probe.o")
+
+
+def probe_compile(
+    facts: Facts, target: str = "gfx1151", timeout: float = COMPILE_SECONDS
+) -> CompileProbe | None:
+    """Compile a small HIP kernel for `target` in a temporary directory; None where there is no compiler.
+
+    No GPU is needed. The object is looked at for its size only; running it is another probe.
+    """
+    command = compiler_command(facts, target)
+    if not command:
+        return None
+    with tempfile.TemporaryDirectory(prefix="halo-probe-") as place:
+        work = Path(place)
+        (work / "probe.hip").write_text(KERNEL)
+        start = time.monotonic()
+        env = {**os.environ, "TMPDIR": place, "LC_ALL": "C"}
+        code, tail = run_bounded(command, timeout=timeout, cwd=work, env=env)
+        made = work / "probe.o"
+        size = made.stat().st_size if made.is_file() else 0
+        return CompileProbe(command, code, "\n".join(tail.split("\n")[-12:]), time.monotonic() - start, size)
