@@ -27,6 +27,7 @@ from engine.server.schema import MAX_CHOICES, ChatRequest, CompletionRequest
 BODY_LIMIT: Final = 2 * 1024 * 1024  # bytes; the longest context of any model is far below
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default for /v1/completions
 RETRY_AFTER_SECONDS: Final = 2
+PING_SECONDS: Final = 10.0  # proxies and clients give up on a silent stream
 
 
 @dataclass(frozen=True)
@@ -285,20 +286,24 @@ class EventStream(Response):
         async with _cancelled_on_disconnect(job, receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in _events(self._answer):
-                payload = event if isinstance(event, bytes) else msgspec.json.encode(event)
-                await send(_body(b"data: " + payload + b"\n\n", more=True))
+                line = b"data: " + msgspec.json.encode(event) if isinstance(event, dict) else event
+                await send(_body(line + b"\n\n", more=True))
             await send(_body(b"", more=False))
 
 
 async def _events(answer: Answer) -> AsyncIterator[dict[str, Any] | bytes]:
-    """The events of a stream. Tokens whose text is held back travel with the next piece of text."""
+    """Events of a stream: objects, and lines as they are. Tokens without text yet go with the next piece."""
     pending: dict[int, list[int]] = {work.index: [] for work in answer.job.works}
     count = 0
     try:
         if answer.chat:
             for index in pending:
                 yield answer.opening(index)
-        async for index, step in answer.job.steps():
+        async for event in answer.job.steps_or_pings(PING_SECONDS):
+            if event is None:
+                yield b": ping"
+                continue
+            index, step = event
             pending[index].append(step.token_id)
             count += not step.is_end
             if step.text or step.finish_reason:
@@ -308,7 +313,7 @@ async def _events(answer: Answer) -> AsyncIterator[dict[str, Any] | bytes]:
             yield answer.chunk_of([]) | {"usage": answer.usage(count)}
     except Exception as error:  # the status is sent: the only way left to tell is an event
         yield error_body(as_api_error(error))
-    yield b"[DONE]"
+    yield b"data: [DONE]"
 
 
 def _body(data: bytes, *, more: bool) -> AsgiMessage:

@@ -43,7 +43,21 @@ class Job:
 
     async def steps(self) -> AsyncIterator[tuple[int, Step]]:
         """(index of the choice, step) as they come; ends early when cancelled; raises the engine's error."""
-        while (event := await self._events.get()) is not None:
+        async for event in self.steps_or_pings(None):
+            if event is not None:
+                yield event
+
+    async def steps_or_pings(self, idle_seconds: float | None) -> AsyncIterator[tuple[int, Step] | None]:
+        """As `steps`, and None whenever nothing came for so long: a stream stays alive while it waits."""
+        while True:
+            try:
+                async with asyncio.timeout(idle_seconds):
+                    event = await self._events.get()
+            except TimeoutError:
+                yield None
+                continue
+            if event is None:
+                return
             if isinstance(event, Exception):
                 raise event
             yield event

@@ -92,6 +92,7 @@ class ScriptedSession:
         self.delay = delay
         self.vocab = vocab
         self.runs = 0
+        self.prefills: list[list[int]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.fail = False
@@ -106,6 +107,8 @@ class ScriptedSession:
         assert list(positions) == list(range(positions[0], positions[0] + len(tokens)))
         assert positions[0] <= self._filled, "a position was left out"
         self._at = self._at + 1 if len(tokens) == 1 and positions[0] == self._filled else 0
+        if self._at == 0:
+            self.prefills.append(list(tokens))
         self._filled = positions[-1] + 1
         self.runs += 1
         if self.delay:
