@@ -1,0 +1,58 @@
+"""Item three of a fresh box: the ROCm check by a real compile, on a Debian with hipcc and no GPU.
+
+The root takes two minutes and a gigabyte, so these run only with HALO_TEST_SLOW=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.hosts import box, hosts, roots
+from tests.hosts.hosts import Host
+from tests.hosts.network import Bridge
+
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def forky(bridge: Bridge) -> Iterator[Host]:
+    """Debian forky with hipcc, no network, a clean clone."""
+    with hosts.launch(bridge, roots.root(roots.FORKY_ROCM)) as host:
+        box.carry_source(host)
+        yield host
+
+
+def test_rocm_passes_by_a_real_compile_and_the_absent_gpu_is_refused(
+    forky: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With everything but the card in place the refusal names the card, and does not blame ROCm."""
+    result = box.install(forky, "--profile", "strix-halo", "--dry-run", check=False)
+    with capsys.disabled():
+        print(f"\n{result.out}{result.err}")
+    assert result.code == 1
+    said = result.out + result.err
+    assert "[gpu" in said
+    assert "[rocm" not in said
+
+
+def test_broken_rocm_is_found_by_the_compile(forky: Host) -> None:
+    """A hipcc that is there and cannot compile for gfx1151 is a finding of its own."""
+    found = forky.run("find / -xdev -name 'oclc_isa_version_1151.bc'").out.split()
+    assert found, "hipcc brings device libraries for gfx1151"
+    for path in found:
+        forky.run(["mv", path, f"{path}.away"])
+    try:
+        result = box.install(forky, "--profile", "strix-halo", "--dry-run", check=False)
+    finally:
+        for path in found:
+            forky.run(["mv", f"{path}.away", path])
+    assert result.code == 1
+    assert "[rocm" in result.out + result.err
+
+
+def test_installs_for_the_cpu_on_python_3_14(forky: Host) -> None:
+    """The newest Debian, its Python and its systemd take the same install in its plan."""
+    shown = box.install(forky, "--profile", "cpu", "--dry-run")
+    assert "plan for generation" in shown.out
