@@ -1,0 +1,298 @@
+"""The native engine from Python: ctypes over `engine/native/halo.h`. Not a sampler and not a scheduler.
+
+Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays.
+Environment: HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512,
+neon, neondot: forces a CPU path), HALO_THREADS (threads of a session).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from engine.errors import EXIT_COULD_NOT_RUN, HaloError
+from engine.model import ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ABI_VERSION: Final = 1
+RUN_ARGMAX: Final = 1
+_HINTS: Final = {
+    2: "check the path and its permissions",
+    3: "prepare the model again: halo install",
+    4: "unset HALO_CPU_PATH, or name a path that this machine has",
+    5: "use fewer slots or a shorter context",
+    7: "check the model: halo doctor",
+}
+_OPAQUE = ctypes.c_void_p
+_SIZE = ctypes.POINTER(ctypes.c_size_t)
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size",
+                "max_seq_len", "tie_embeddings",
+            )
+        ],
+        ("rope_theta", ctypes.c_float),
+        ("rms_norm_eps", ctypes.c_float),
+    ]  # fmt: skip
+
+
+_I32 = ctypes.c_int32
+_SIGNATURES: Final[dict[str, list[Any]]] = {
+    "halo_device_facts": [ctypes.c_char_p, ctypes.c_size_t, _SIZE],
+    "halo_model_open": [ctypes.c_char_p, ctypes.POINTER(_OPAQUE)],
+    "halo_model_config": [_OPAQUE, ctypes.POINTER(_Config)],
+    "halo_session_create": [_OPAQUE, _I32, _I32, _I32, ctypes.c_char_p, ctypes.POINTER(_OPAQUE)],
+    "halo_session_facts": [_OPAQUE, ctypes.c_char_p, ctypes.c_size_t, _SIZE],
+    "halo_session_run": [
+        _OPAQUE, _I32, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, ctypes.c_uint32, _OPAQUE, ctypes.c_size_t, _OPAQUE,
+        ctypes.c_size_t,
+    ],
+    "halo_ternary_sums": [ctypes.c_char_p, _OPAQUE, _I32, _I32, _OPAQUE, _I32, _OPAQUE],
+}  # fmt: skip
+
+
+def find_library(name: str = "cpu") -> Path:
+    """The backend library `libhalo_<name>.so` of HALO_LIB_DIR, else of the generation. HaloError if it is not there."""
+    file = f"libhalo_{name}.so"
+    folder = os.environ.get("HALO_LIB_DIR")
+    generation = os.environ.get("HALO_GENERATION_DIR")
+    if folder:
+        path = Path(folder) / file
+    elif generation:
+        path = Path(generation) / "lib" / file
+    else:
+        raise HaloError(
+            f"The native library {file} cannot be found: this is not an installed halo.",
+            hint="run halo install, or set HALO_LIB_DIR to a build of engine/native",
+            exit_code=EXIT_COULD_NOT_RUN,
+        )
+    if not path.is_file():
+        raise HaloError(f"The native library {path} is missing.", hint="halo install", exit_code=EXIT_COULD_NOT_RUN)
+    return path
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Load a backend library and check its ABI version. Raises HaloError if it cannot be used here."""
+    try:
+        library = ctypes.CDLL(str(path))
+        library.halo_last_error.restype = ctypes.c_char_p
+        library.halo_abi_version.restype = ctypes.c_uint32
+        for name, arguments in _SIGNATURES.items():
+            getattr(library, name).argtypes = arguments
+            getattr(library, name).restype = ctypes.c_int
+        for name in ("halo_model_close", "halo_session_close"):
+            getattr(library, name).argtypes = [_OPAQUE]
+            getattr(library, name).restype = None
+        version = library.halo_abi_version()
+    except (OSError, AttributeError) as error:
+        raise HaloError(
+            f"The native library {path} cannot be loaded: {error}.",
+            hint="build it again: halo install",
+            exit_code=EXIT_COULD_NOT_RUN,
+        ) from error
+    if version != ABI_VERSION:
+        raise HaloError(
+            f"The native library {path} speaks ABI {version}, and this halo speaks {ABI_VERSION}.",
+            hint="build it again: halo install",
+            exit_code=EXIT_COULD_NOT_RUN,
+        )
+    return library
+
+
+def check(library: ctypes.CDLL, status: int) -> None:
+    """Raise HaloError with the library's own sentence unless `status` is HALO_OK."""
+    if status:
+        text = (library.halo_last_error() or b"").decode("utf-8", "replace") or f"status {status}"
+        raise HaloError(f"The native engine refused: {text}.", hint=_HINTS.get(status, ""))
+
+
+def _read_facts(library: ctypes.CDLL, function: str, *arguments: Any) -> dict[str, Any]:  # noqa: ANN401
+    buffer, needed = ctypes.create_string_buffer(4096), ctypes.c_size_t()
+    check(library, getattr(library, function)(*arguments, buffer, len(buffer), ctypes.byref(needed)))
+    facts: dict[str, Any] = json.loads(buffer.value)
+    return facts
+
+
+def device_facts(path: Path | None = None) -> dict[str, Any]:
+    """What the library found on this machine: backend, abi, isa (its best path), paths, cpus."""
+    return _read_facts(load_library(path or find_library()), "halo_device_facts")
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is not None:
+        return threads
+    text = os.environ.get("HALO_THREADS", "0")
+    if not text.isdecimal():
+        raise HaloError(f"HALO_THREADS is {text!r}, not a number.", hint="unset HALO_THREADS, or set it to 1 or more")
+    return int(text)
+
+
+class NativeModel:
+    """A prepared model, mapped. Close it, or use it as a context manager; its sessions may outlive it."""
+
+    def __init__(self, library: ctypes.CDLL, path: Path) -> None:
+        self._library = library
+        self._handle = _OPAQUE()
+        self.path = path
+        check(library, library.halo_model_open(os.fsencode(path), ctypes.byref(self._handle)))
+        raw = _Config()
+        check(library, library.halo_model_config(self._handle, ctypes.byref(raw)))
+        values = {name: getattr(raw, name) for name, *_ in _Config._fields_}
+        self.config = ModelConfig(**{**values, "tie_embeddings": bool(raw.tie_embeddings)})
+
+    @classmethod
+    def open(cls, path: Path, library: Path | None = None) -> NativeModel:
+        """Map the prepared file at `path` with the given or the found backend library."""
+        return cls(load_library(library or find_library()), Path(path))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """backend, abi, isa, paths, cpus and threads, with the environment's choice of path and threads applied."""
+        facts = _read_facts(self._library, "halo_device_facts")
+        facts["isa"] = os.environ.get("HALO_CPU_PATH") or facts["isa"]
+        facts["threads"] = _thread_count(None) or facts["cpus"]
+        return facts
+
+    def session(
+        self, slots: int = 1, context: int | None = None, threads: int | None = None, path: str | None = None
+    ) -> Session:
+        """A session of `slots` sequences of up to `context` tokens (default: the model's most).
+
+        `threads` defaults to HALO_THREADS, else one per CPU; `path` to HALO_CPU_PATH, else the best.
+        """
+        if not self._handle:
+            raise HaloError("The model is closed.", hint="open it again")
+        path = path or os.environ.get("HALO_CPU_PATH") or None
+        handle = _OPAQUE()
+        room = context if context is not None else self.config.max_seq_len
+        status = self._library.halo_session_create(
+            self._handle, slots, room, _thread_count(threads), path.encode() if path else None, ctypes.byref(handle)
+        )
+        check(self._library, status)
+        return Session(self._library, handle, self.config, slots, room)
+
+    def close(self) -> None:
+        """Give the handle back; calling it twice does nothing."""
+        if self._handle:
+            self._library.halo_model_close(self._handle)
+            self._handle = _OPAQUE()
+
+    def __enter__(self) -> NativeModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.close()
+
+
+class Session:
+    """KV slots and the forward pass over them. One thread at a time; made by `NativeModel.session`."""
+
+    def __init__(
+        self, library: ctypes.CDLL, handle: ctypes.c_void_p, config: ModelConfig, slots: int, context: int
+    ) -> None:
+        self._library, self._handle = library, handle
+        self.config, self.slots, self.context = config, slots, context
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """isa, threads, slots, context and kv_bytes of this session."""
+        return _read_facts(self._library, "halo_session_facts", self._open())
+
+    def run(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
+    ) -> NDArray[np.float32]:
+        """Run entries (token, slot, position) in order; logits float32 [number wanted, vocab] of those wanted.
+
+        Positions of a slot are filled in order; a lower one rewinds the slot. Raises HaloError for a token, slot or
+        position out of range, and then nothing has run.
+        """
+        import numpy as np
+
+        logits = np.empty((sum(map(bool, want)), self.config.vocab_size), dtype=np.float32)
+        self._run(tokens, slots, positions, want, 0, logits)
+        return logits
+
+    def run_argmax(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
+    ) -> list[int]:
+        """As `run`, but only the arg max of each wanted entry (the lowest id on a tie)."""
+        import numpy as np
+
+        ids = np.empty(sum(map(bool, want)), dtype=np.int32)
+        self._run(tokens, slots, positions, want, RUN_ARGMAX, ids)
+        return [int(index) for index in ids]
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> NDArray[np.float32]:
+        """Run `tokens` at positions start, start+1, ... of one slot; the logits float32 [vocab] after the last."""
+        if not tokens:
+            raise HaloError("There is nothing to prefill.", hint="begin with the model's bos token")
+        count = len(tokens)
+        want = [False] * (count - 1) + [True]
+        return self.run(tokens, [slot] * count, range(start, start + count), want)[0]
+
+    def _run(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[bool],
+        flags: int,
+        out: NDArray[Any],
+    ) -> None:
+        import numpy as np
+
+        count = len(tokens)
+        if not len(slots) == len(positions) == len(want) == count:
+            raise HaloError("tokens, slots, positions and want have different lengths.", hint="one of each an entry")
+        try:
+            inputs = [np.array(values, dtype=np.int32) for values in (tokens, slots, positions)]
+        except OverflowError as error:
+            raise HaloError("A token, slot or position is out of range.", hint="all are small numbers") from error
+        inputs.append(np.array(want, dtype=bool).astype(np.uint8))
+        empty = (None, 0)
+        result = (out.ctypes.data, out.size)
+        logits, ids = (empty, result) if flags & RUN_ARGMAX else (result, empty)
+        pointers = [array.ctypes.data for array in inputs]
+        check(self._library, self._library.halo_session_run(self._open(), count, *pointers, flags, *logits, *ids))
+
+    def _open(self) -> ctypes.c_void_p:
+        if not self._handle:
+            raise HaloError("The session is closed.", hint="make a new one")
+        return self._handle
+
+    def close(self) -> None:
+        """Give the memory back; calling it twice does nothing."""
+        if self._handle:
+            self._library.halo_session_close(self._handle)
+            self._handle = _OPAQUE()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.close()

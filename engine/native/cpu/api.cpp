@@ -1,0 +1,175 @@
+// The C ABI: checks what a caller hands over, and turns every failure into a status and a sentence.
+#include <sched.h>
+#include <string.h>
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../halo.h"
+#include "failure.h"
+#include "model.h"
+#include "paths.h"
+#include "session.h"
+
+struct halo_model {
+  std::shared_ptr<const halo::Model> model;
+};
+
+struct halo_session {
+  halo::Session session;
+};
+
+namespace {
+
+using halo::Failure;
+
+const int kMostThreads = 256, kMostSlots = 4096;
+
+thread_local char last_error[512] = "";
+
+halo_status fail(halo_status status, const char *message) {
+  snprintf(last_error, sizeof last_error, "%s", message);
+  return status;
+}
+
+template <class F>
+halo_status guarded(F f) {
+  last_error[0] = 0;
+  try {
+    f();
+    return HALO_OK;
+  } catch (const Failure &failure) {
+    return fail(failure.status, failure.message.c_str());
+  } catch (const std::bad_alloc &) {
+    return fail(HALO_NO_MEMORY, "out of memory");
+  } catch (const std::exception &error) {
+    return fail(HALO_INTERNAL, error.what());
+  } catch (...) {
+    return fail(HALO_INTERNAL, "an unknown exception");
+  }
+}
+
+void need(bool condition, const char *what) {
+  if (!condition) throw Failure(HALO_INVALID, "%s", what);
+}
+
+void within(const char *name, int value, int least, int most) {
+  if (value < least || value > most)
+    throw Failure(HALO_INVALID, "%s = %d; %d to %d is possible", name, value, least, most);
+}
+
+void give_text(const std::string &text, char *buffer, size_t capacity, size_t *needed) {
+  need(needed != nullptr, "needed is NULL");
+  *needed = text.size() + 1;
+  if (!buffer || capacity < *needed) throw Failure(HALO_INVALID, "the facts need %zu bytes", *needed);
+  memcpy(buffer, text.c_str(), *needed);
+}
+
+int usable_cpus() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1, (int)std::thread::hardware_concurrency());
+}
+
+std::string device_facts() {
+  std::string names;
+  std::vector<const halo::Kernels *> paths = halo::usable_paths();
+  for (const halo::Kernels *path : paths) names += std::string(names.empty() ? "\"" : ",\"") + path->name + "\"";
+  return "{\"backend\":\"cpu\",\"abi\":" + std::to_string(HALO_ABI_VERSION) + ",\"isa\":\"" + paths[0]->name +
+         "\",\"paths\":[" + names + "],\"cpus\":" + std::to_string(usable_cpus()) + "}";
+}
+
+void ternary_sums(const halo::Kernels &kernels, const uint8_t *codes, int rows, int cols, const int8_t *x, int tokens,
+                  int32_t *sums) {
+  int row = halo::round_up(cols, 64);
+  std::vector<int8_t> padded((size_t)tokens * row + 64, 0);
+  for (int t = 0; t < tokens; ++t) memcpy(&padded[(size_t)t * row], x + (size_t)t * cols, (size_t)cols);
+  kernels.ternary(codes, row / 4, rows, padded.data(), (size_t)row, tokens, sums, (size_t)rows);
+  for (int t = 0; t < tokens; ++t) {
+    int32_t offset = 0;
+    for (int j = 0; j < cols; ++j) offset += x[(size_t)t * cols + j];
+    for (int r = 0; r < rows; ++r) sums[(size_t)t * rows + r] -= offset;
+  }
+}
+
+}  // namespace
+
+uint32_t halo_abi_version(void) { return HALO_ABI_VERSION; }
+
+const char *halo_last_error(void) { return last_error; }
+
+halo_status halo_device_facts(char *buffer, size_t capacity, size_t *needed) {
+  return guarded([&] { give_text(device_facts(), buffer, capacity, needed); });
+}
+
+halo_status halo_model_open(const char *path, halo_model **model) {
+  return guarded([&] {
+    need(path && model, "path or model is NULL");
+    *model = nullptr;
+    *model = new halo_model{std::make_shared<const halo::Model>(path)};
+  });
+}
+
+halo_status halo_model_config(const halo_model *model, halo_config *config) {
+  return guarded([&] {
+    need(model && config, "model or config is NULL");
+    *config = model->model->config;
+  });
+}
+
+void halo_model_close(halo_model *model) { delete model; }
+
+halo_status halo_session_create(halo_model *model, int32_t slots, int32_t context, int32_t threads, const char *path,
+                                halo_session **session) {
+  return guarded([&] {
+    need(model && session, "model or session is NULL");
+    *session = nullptr;
+    within("slots", slots, 1, kMostSlots);
+    within("context", context, 1, model->model->config.max_seq_len);
+    within("threads", threads, 0, kMostThreads);
+    const halo::Kernels &kernels = halo::choose_path(path);
+    int count = threads ? threads : std::min(usable_cpus(), kMostThreads);
+    *session = new halo_session{{model->model, slots, context, count, kernels}};
+  });
+}
+
+halo_status halo_session_facts(halo_session *session, char *buffer, size_t capacity, size_t *needed) {
+  return guarded([&] {
+    need(session != nullptr, "session is NULL");
+    give_text(session->session.facts(), buffer, capacity, needed);
+  });
+}
+
+void halo_session_close(halo_session *session) { delete session; }
+
+halo_status halo_session_run(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
+                             const int32_t *positions, const uint8_t *want, uint32_t flags, float *logits,
+                             size_t logits_count, int32_t *ids, size_t ids_count) {
+  return guarded([&] {
+    need(session != nullptr, "session is NULL");
+    need(n >= 0, "n is negative");
+    need(n == 0 || (tokens && slots && positions && want), "tokens, slots, positions or want is NULL");
+    need((flags & ~HALO_RUN_ARGMAX) == 0, "a flag is unknown");
+    bool argmax = flags & HALO_RUN_ARGMAX, wanted = false;
+    for (int i = 0; i < n; ++i) wanted |= want[i] != 0;
+    need(!wanted || (argmax ? (void *)ids : (void *)logits), "the array for the results is NULL");
+    session->session.run({n, tokens, slots, positions, want, argmax ? nullptr : logits, logits_count,
+                          argmax ? ids : nullptr, ids_count});
+  });
+}
+
+halo_status halo_ternary_sums(const char *path, const uint8_t *codes, int32_t rows, int32_t cols, const int8_t *x,
+                              int32_t tokens, int32_t *sums) {
+  return guarded([&] {
+    need(codes && x && sums, "codes, x or sums is NULL");
+    within("rows", rows, 1, 1 << 24);
+    within("cols", cols, 1, 262144);
+    within("tokens", tokens, 1, 4096);
+    ternary_sums(halo::choose_path(path), codes, rows, cols, x, tokens, sums);
+  });
+}

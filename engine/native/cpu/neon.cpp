@@ -1,0 +1,12 @@
+// The NEON path that any aarch64 CPU can run: vmlal into int16 sums.
+#include "kernels.h"
+
+#if defined(__aarch64__)
+#define HALO_DOTPROD 0
+#include "neon.inc.h"
+
+namespace halo {
+extern const Kernels neon_table = {"neon", ternary<4, 2>, rmsnorm, quantize, relu2, dot_rows, attend};
+}  // namespace halo
+
+#endif

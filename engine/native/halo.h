@@ -1,0 +1,94 @@
+/* The C ABI of a halo backend: whole-model calls, not kernels. Every backend library (cpu, hip) implements it.
+ *
+ * Every function that can fail returns a halo_status; halo_last_error() then holds one sentence, per thread, until
+ * the next call of that thread. No call aborts the process or lets a C++ exception out. Pointers may be NULL only
+ * where this header says so. Handles of models may be used from several threads; a session from one at a time (a
+ * second caller gets HALO_BUSY). Little-endian hosts only. */
+#ifndef HALO_H
+#define HALO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define HALO_API __declspec(dllexport)
+#else
+#define HALO_API __attribute__((visibility("default")))
+#endif
+
+#define HALO_ABI_VERSION 1u
+
+typedef enum halo_status {
+  HALO_OK = 0,
+  HALO_INVALID = 1,     /* an argument is out of its range */
+  HALO_IO = 2,          /* a file cannot be opened or mapped */
+  HALO_FORMAT = 3,      /* a file is damaged, of another version, or lies about itself */
+  HALO_UNSUPPORTED = 4, /* this machine cannot do what was asked */
+  HALO_NO_MEMORY = 5,
+  HALO_BUSY = 6,    /* the session is running in another thread */
+  HALO_NUMERIC = 7, /* an activation is not finite: the weights are damaged */
+  HALO_INTERNAL = 8
+} halo_status;
+
+typedef struct halo_model halo_model;
+typedef struct halo_session halo_session;
+
+typedef struct halo_config {
+  int32_t hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, vocab_size, max_seq_len;
+  int32_t tie_embeddings;
+  float rope_theta, rms_norm_eps;
+} halo_config;
+
+/* HALO_ABI_VERSION of the library; a caller built for another number must not call on. */
+HALO_API uint32_t halo_abi_version(void);
+
+/* The sentence of this thread's last failure; never NULL, empty if there was none. */
+HALO_API const char *halo_last_error(void);
+
+/* What the library found on this machine, as one JSON object. Writes at most `capacity` bytes with the closing NUL;
+ * *needed gets the full size with it. HALO_INVALID if it does not fit. */
+HALO_API halo_status halo_device_facts(char *buffer, size_t capacity, size_t *needed);
+
+/* Map a prepared file (model.halo). The file must not change while the model is open. */
+HALO_API halo_status halo_model_open(const char *path, halo_model **model);
+HALO_API halo_status halo_model_config(const halo_model *model, halo_config *config);
+
+/* Close the handle (NULL is allowed). Sessions made from it go on; the last of them unmaps the file. */
+HALO_API void halo_model_close(halo_model *model);
+
+/* Make a session of `slots` sequences with room for `context` tokens each (at most max_seq_len).
+ * threads: 0 means one per usable CPU. path: NULL means the best this CPU has; else its name in the facts. */
+HALO_API halo_status halo_session_create(halo_model *model, int32_t slots, int32_t context, int32_t threads,
+                                         const char *path, halo_session **session);
+
+/* The session's own facts (path, threads, slots, context, bytes of its KV cache), as halo_device_facts. */
+HALO_API halo_status halo_session_facts(halo_session *session, char *buffer, size_t capacity, size_t *needed);
+HALO_API void halo_session_close(halo_session *session);
+
+/* Flags of halo_session_run. */
+#define HALO_RUN_ARGMAX 1u /* write to `ids` the arg max (the lowest id on a tie) instead of logits */
+
+/* Run n tokens through the model. Entry i is tokens[i] at position positions[i] of sequence slots[i]. Positions of
+ * a slot must be filled in order; a lower one rewinds the slot and writes over it. For each i with want[i] != 0
+ * one result is written, in order: `vocab_size` floats to logits, or one id to ids with HALO_RUN_ARGMAX.
+ * logits_count and ids_count are the room there, in elements; the array that is not written to may be NULL.
+ * All arguments are checked before anything runs. If the run fails later (HALO_NUMERIC), the slots named in it are
+ * rewound to the lowest position written. Results do not depend on the path, the threads or what else is in the batch. */
+HALO_API halo_status halo_session_run(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
+                                      const int32_t *positions, const uint8_t *want, uint32_t flags, float *logits,
+                                      size_t logits_count, int32_t *ids, size_t ids_count);
+
+/* One ternary product on its own, so that the exactness of a path can be checked from outside.
+ * codes: [rows][B], B = 16 * ceil(cols / 64), weight j in byte j % B at bit 2 * (j / B); x: int8 [tokens][cols];
+ * sums: int32 [tokens][rows] = sum over j of (code - 1) * x. */
+HALO_API halo_status halo_ternary_sums(const char *path, const uint8_t *codes, int32_t rows, int32_t cols,
+                                       const int8_t *x, int32_t tokens, int32_t *sums);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,244 @@
+"""The oracle: a whole forward pass in NumPy that defines what right means. Not fast, and not meant to be.
+
+Two kinds of arithmetic, both defined to the last bit, so that a native backend can be compared with `==`:
+
+Integers. A ternary projection quantises its input per token, s = 127 / max(max|x|, 1e-5), q = round_half_even(x * s)
+in float32, and sums weight * q exactly; then y = float32(sum) * row_scale / s. The sums are made here by a float32
+(or float64) matrix product of small integers, which is exact in any order while they stay below 2^24 (2^53).
+
+Floats. A sum of products runs through 16 virtual lanes: element i goes to lane i % 16 by a fused multiply-add in
+float32, in rising i; the lanes are added as a tree, l with l+8, l+4, l+2, l+1. A weighted sum of values runs over
+positions in rising order by fused multiply-add. All else is one float32 operation an element, as it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from engine.errors import HaloError
+from engine.formats.h1b import unpack_codes
+from engine.formats.prepared import rope_tables
+from engine.model import Layer, Model, Ternary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    F32 = NDArray[np.float32]
+    F64 = NDArray[np.float64]
+
+LANES: Final = 16
+_HALF_ULP: Final = np.int64(1 << 28)
+_BELOW_FLOAT: Final = np.int64((1 << 29) - 1)
+
+
+def fma(a: F32 | F64, b: F32 | F64, c: F32) -> F32:
+    """float32(a * b + c), rounded once; a and b hold float32 values (float64 arrays are taken as they are).
+
+    The product of two float32 is exact in float64. Their sum with c is rounded to 53 bits, and rounding that again
+    to 24 goes wrong only where it fell exactly half-way between two floats; there the lost part decides.
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    total = product + c
+    half_way = (total.view(np.int64) & _BELOW_FLOAT) == _HALF_ULP
+    if half_way.any():
+        addend = np.broadcast_to(np.asarray(c, dtype=np.float64), total.shape)[half_way]
+        total[half_way] = _off_half_way(np.broadcast_to(product, total.shape)[half_way], addend, total[half_way])
+    return total.astype(np.float32)
+
+
+def _off_half_way(product: F64, addend: F64, total: F64) -> F64:
+    """`total` moved one float64 towards what was lost in rounding product + addend (Knuth's two-sum)."""
+    back = total - product
+    lost = (product - (total - back)) + (addend - back)
+    moved: F64 = np.where(lost == 0, total, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)))
+    return moved
+
+
+def _tree(lanes: F32) -> F32:
+    """Sum of the last axis, 16 lanes, as a tree."""
+    for half in (8, 4, 2, 1):
+        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+    return lanes[..., 0]
+
+
+def _in_lanes(x: NDArray[np.floating]) -> NDArray[np.floating]:
+    """[..., n] -> [..., ceil(n/16), 16], filled up with zeros."""
+    short = -x.shape[-1] % LANES
+    if short:
+        x = np.concatenate([x, np.zeros((*x.shape[:-1], short), dtype=x.dtype)], axis=-1)
+    return x.reshape(*x.shape[:-1], -1, LANES)
+
+
+def dot(a: F32, b: F32) -> F32:
+    """Sum over the last axis of a * b in the defined order; leading axes broadcast."""
+    left, right = _in_lanes(a), _in_lanes(b)
+    shape = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    lanes = np.zeros((*shape, LANES), dtype=np.float32)
+    for step in range(left.shape[-2]):
+        lanes = fma(left[..., step, :], right[..., step, :], lanes)
+    return _tree(lanes)
+
+
+def rmsnorm(x: F32, weight: F32, eps: float) -> F32:
+    """x * (1 / sqrt(mean(x^2) + eps)) * weight over the last axis."""
+    mean = dot(x, x) / np.float32(x.shape[-1])
+    inverse = np.float32(1) / np.sqrt(mean + np.float32(eps))
+    return x * inverse[..., None] * weight
+
+
+def quantize(x: F32) -> tuple[F32, F32]:
+    """Per token int8 absmax: (q as float32 holding integers, s), with q = round_half_even(x * s)."""
+    scale = np.float32(127) / np.maximum(np.abs(x).max(axis=-1), np.float32(1e-5))
+    q = np.clip(np.rint(x * scale[..., None]), -128, 127)
+    return q.astype(np.float32), scale.astype(np.float32)
+
+
+def exp(x: F32) -> F32:
+    """e^x for x <= 0, by the polynomial of Cephes' expf; below -86 it stays at e^-86."""
+    x = np.maximum(x, np.float32(-86))
+    f = np.float32
+    magic = f(12582912)  # 1.5 * 2^23: adding it rounds to a whole number
+    n = fma(x, np.full_like(x, f(1.44269504)), np.full_like(x, magic)) - magic
+    r = fma(n, np.full_like(x, f(-0.693359375)), x)
+    r = fma(n, np.full_like(x, f(2.12194440e-4)), r)
+    p = np.full_like(x, f(1.9875691500e-4))
+    for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(p, r, np.full_like(x, f(term)))
+    p = fma(p, r * r, r) + f(1)
+    return np.ldexp(p, n.astype(np.int32))
+
+
+def softmax_weights(scores: F32) -> tuple[F32, F32]:
+    """exp(score - max) over the last axis, and their sum in lanes."""
+    weights = exp(scores - scores.max(axis=-1, keepdims=True))
+    blocks = _in_lanes(weights)
+    lanes = np.zeros((*scores.shape[:-1], LANES), dtype=np.float32)
+    for step in range(blocks.shape[-2]):
+        lanes = lanes + blocks[..., step, :]
+    return weights, _tree(lanes)
+
+
+class _Projection:
+    """A ternary matrix, unpacked to floats that hold -1, 0 and 1."""
+
+    def __init__(self, matrix: Ternary) -> None:
+        exact = np.float32 if matrix.cols * 128 < 1 << 24 else np.float64
+        self.weights = (unpack_codes(matrix).astype(np.int8) - 1).astype(exact)
+        self.scales = np.array(matrix.scales, dtype=np.float32)
+
+    def __call__(self, q: F32, scale: F32) -> F32:
+        sums = (q.astype(self.weights.dtype) @ self.weights.T).astype(np.float32)
+        return sums * self.scales / scale[:, None]
+
+
+class _Layer:
+    def __init__(self, layer: Layer) -> None:
+        self.norms = layer
+        self.q, self.k, self.v, self.o = (_Projection(m) for m in (layer.q, layer.k, layer.v, layer.o))
+        self.gate, self.up, self.down = (_Projection(m) for m in (layer.gate, layer.up, layer.down))
+
+
+@dataclass
+class Cache:
+    """Keys (rotated) and values of the tokens so far: float32 [layers, kv_heads, max_seq_len, head_dim] each."""
+
+    keys: F32
+    values: F32
+    length: int = 0
+
+
+class Reference:
+    """A model that runs in NumPy. Its results are the definition of right."""
+
+    def __init__(self, model: Model) -> None:
+        self.config = model.config
+        self.embedding = np.array(model.embedding, dtype=np.float32)
+        # Kept in float64 and in lanes: the head is the slowest part, and fma() starts by widening.
+        self.head: NDArray[np.floating] = _in_lanes(self.embedding).astype(np.float64)
+        self.final_norm = np.array(model.final_norm)
+        self.layers = [_Layer(layer) for layer in model.layers]
+        self.cosine, self.sine = rope_tables(model.config)
+
+    def new_cache(self) -> Cache:
+        """An empty KV cache with room for max_seq_len tokens."""
+        c = self.config
+        shape = (c.num_layers, c.num_kv_heads, c.max_seq_len, c.head_dim)
+        return Cache(np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32))
+
+    def forward(self, tokens: Sequence[int], cache: Cache) -> F32:
+        """Run `tokens` after what the cache holds; logits float32 [len(tokens), vocab], and the cache grows."""
+        return self._logits(self._hidden(tokens, cache))
+
+    def greedy(self, prompt_ids: Sequence[int], n: int) -> list[int]:
+        """The n tokens that follow the prompt when the likeliest (the lowest id on a tie) is always taken."""
+        cache, fed, result = self.new_cache(), list(prompt_ids), []
+        for _ in range(n):
+            logits = self._logits(self._hidden(fed, cache)[-1:])
+            result.append(int(np.argmax(logits[0])))
+            fed = result[-1:]
+        return result
+
+    def _logits(self, x: F32) -> F32:
+        normed = _in_lanes(rmsnorm(x, self.final_norm, self.config.rms_norm_eps))
+        result = np.empty((len(x), self.config.vocab_size), dtype=np.float32)
+        for row, blocks in enumerate(normed):
+            lanes = np.zeros((self.config.vocab_size, LANES), dtype=np.float32)
+            for step, block in enumerate(blocks):
+                lanes = fma(self.head[:, step], block, lanes)
+            result[row] = _tree(lanes)
+        return result
+
+    def _hidden(self, tokens: Sequence[int], cache: Cache) -> F32:
+        c = self.config
+        end = cache.length + len(tokens)
+        if not tokens or min(tokens) < 0 or max(tokens) >= c.vocab_size:
+            raise HaloError("The tokens to run are none, or outside the vocabulary.", hint="check the tokenizer")
+        if end > c.max_seq_len:
+            raise HaloError(f"{end} tokens do not fit the context of {c.max_seq_len}.", hint="use a shorter prompt")
+        x = self.embedding[np.asarray(tokens)]
+        positions = np.arange(cache.length, end)
+        for index, layer in enumerate(self.layers):
+            x = x + self._attention(layer, index, x, positions, cache)
+            x = x + self._feed_forward(layer, x)
+        cache.length = end
+        return x
+
+    def _attention(self, layer: _Layer, index: int, x: F32, positions: NDArray[np.int64], cache: Cache) -> F32:
+        c, n = self.config, len(x)
+        quantized = quantize(rmsnorm(x, layer.norms.input_norm, c.rms_norm_eps))
+        q = self._rotate(layer.q(*quantized).reshape(n, c.num_heads, c.head_dim), positions)
+        k = self._rotate(layer.k(*quantized).reshape(n, c.num_kv_heads, c.head_dim), positions)
+        cache.keys[index][:, positions] = k.transpose(1, 0, 2)
+        cache.values[index][:, positions] = layer.v(*quantized).reshape(k.shape).transpose(1, 0, 2)
+        group = c.num_heads // c.num_kv_heads
+        heads = q.reshape(n, c.num_kv_heads, group, c.head_dim)
+        rows = [self._attend(heads[t], index, int(position) + 1, cache) for t, position in enumerate(positions)]
+        attended = rmsnorm(np.stack(rows).reshape(n, -1), layer.norms.attn_sub_norm, c.rms_norm_eps)
+        return layer.o(*quantize(attended))
+
+    def _attend(self, q: F32, index: int, length: int, cache: Cache) -> F32:
+        """One token's attention, q [kv_heads, group, head_dim], over the first `length` positions of the cache."""
+        scale = np.float32(1.0 / np.sqrt(np.float64(self.config.head_dim)))
+        keys, values = cache.keys[index][:, None, :length], cache.values[index][:, None, :length]
+        weights, total = softmax_weights(dot(q[:, :, None], keys) * scale)
+        out = np.zeros(q.shape, dtype=np.float32)
+        for j in range(length):
+            out = fma(weights[..., j, None], values[:, :, j], out)
+        return out / total[..., None]
+
+    def _rotate(self, x: F32, positions: NDArray[np.int64]) -> F32:
+        """Rotate-half RoPE of x [n, heads, head_dim]: element i turns with element i + head_dim/2."""
+        cosine, sine = self.cosine[positions][:, None], self.sine[positions][:, None]
+        first, second = np.split(x, 2, axis=-1)
+        return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+    def _feed_forward(self, layer: _Layer, x: F32) -> F32:
+        eps = self.config.rms_norm_eps
+        quantized = quantize(rmsnorm(x, layer.norms.post_attn_norm, eps))
+        gate = np.maximum(layer.gate(*quantized), np.float32(0))
+        hidden = gate * gate * layer.up(*quantized)
+        return layer.down(*quantize(rmsnorm(hidden, layer.norms.ffn_sub_norm, eps)))
