@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find a Python and a source, and hand over to `halo install`. Standard library only; installs nothing itself.
+"""Find a Python and a source, and hand over to `halo install`. Standard library only.
 
 It must parse on Python 3.6, so that an old Python says a sentence and not a SyntaxError. It runs as a file in
 a clone, piped with the current directory in a clone, and from a bundle: python3 - --bundle FILE < install.py
@@ -71,7 +71,7 @@ def require_python(argv: list) -> None:
     if not script:
         raise Refusal("This is Python %s, and halo needs 3.11 to 3.14." % here, "pipe it into %s" % found)
     os.environ["HALO_REEXEC"] = "1"
-    os.execv(found, [found, script] + argv)
+    os.execv(found, [found, script] + argv)  # noqa: S606
 
 
 def script_path() -> str:
