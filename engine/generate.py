@@ -114,7 +114,8 @@ class Engine:
         except BaseException:
             model.close()
             raise
-        engine = cls(session, tokenizer, ModelCard(card.name, card.chat_template, length), dict(model.facts))
+        facts = {**model.facts, **session.facts}
+        engine = cls(session, tokenizer, ModelCard(card.name, card.chat_template, length), facts)
         engine._closers.append(model.close)
         return engine
 

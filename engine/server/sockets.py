@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
 
@@ -30,22 +31,41 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """A listening TCP socket; raises HaloError where the address is taken, not ours or not allowed."""
+    """Listening TCP sockets, one for each address of `host` (localhost may have two) that this machine has.
+
+    Raises HaloError where an address is taken, none is ours, or it is not allowed.
+    """
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise HaloError(f"There is no address {host!r} to listen on.", hint="ip address show") from error
-    sock = socket.socket(family, kind, proto)
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    for family, address in dict.fromkeys((info[0], info[4]) for info in infos):
+        try:
+            sockets.append(_listener(family, address))
+        except OSError as error:
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                absent = error
+                continue
+            for sock in sockets:
+                sock.close()
+            raise _bind_error(host, port, error) from error
+    if not sockets:
+        raise _bind_error(host, port, absent or OSError(errno.EADDRNOTAVAIL, "no address")) from absent
+    return sockets
+
+
+def _listener(family: int, address: Any) -> socket.socket:  # noqa: ANN401  (as the socket module types it)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(128)
-    except OSError as error:
+    except OSError:
         sock.close()
-        raise _bind_error(host, port, error) from error
-    return [sock]
+        raise
+    return sock
 
 
 def activated_sockets(environ: Mapping[str, str] | None = None) -> list[socket.socket]:

@@ -123,6 +123,16 @@ def test_whether_others_reach_a_socket_is_read_from_the_socket(host, local):
         sockets[0].close()
 
 
+def test_localhost_is_every_loopback_address_that_this_machine_has():
+    sockets = bind("localhost", free_port())
+    try:
+        assert "127.0.0.1" in {sock.getsockname()[0] for sock in sockets}
+        assert all(is_local(sock) for sock in sockets)
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
 def test_sockets_meant_for_another_process_are_left_alone():
     assert activated_sockets({"LISTEN_PID": str(os.getpid() + 1), "LISTEN_FDS": "1"}) == []
     assert activated_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}) == []
