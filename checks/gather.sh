@@ -31,13 +31,19 @@ fi
 newline='
 '
 
-# A tool that hangs must not hang the pass; where there is no timeout(1), the caller's clock is the bound.
+# A tool that hangs must not hang the pass; where there is no timeout(1), the caller's clock is the bound. That
+# of busybox is not used: its watcher holds our pipe open for a second after every command. It has no --version.
 guard=
-if command -v timeout >/dev/null 2>&1; then guard="timeout 5"; fi
+if timeout --version >/dev/null 2>&1; then guard="timeout 5"; fi
 if command -v head >/dev/null 2>&1; then
     clip() { head -c "$limit"; }
 else
     clip() { dd bs="$limit" count=1 2>/dev/null; }
+fi
+if command -v sed >/dev/null 2>&1; then
+    indent() { sed 's/^/ /'; }
+else
+    indent() { while IFS= read -r line || [ -n "$line" ]; do printf ' %s\n' "$line"; done; }
 fi
 
 # state PATH: sets $st to present, absent or denied. A path below a directory that may not be searched is
@@ -62,7 +68,7 @@ file() {
     printf '@file %s %s\n' "$st" "$1"
     if [ "$st" != present ]; then return 0; fi
     # The braces take the message of a redirection that fails.
-    { clip <"$root$1" | sed 's/^/ /'; } 2>/dev/null
+    { clip <"$root$1" | indent; } 2>/dev/null
     echo
 }
 
@@ -102,7 +108,7 @@ run() {
     printf '@cmd %s\n' "$1"
     shift
     {
-        code=$({ { $guard "$@" </dev/null 2>&1; echo $? >&3; } | clip | sed 's/^/ /' >&4; } 3>&1)
+        code=$({ { $guard "$@" </dev/null 2>&1; echo $? >&3; } | clip | indent >&4; } 3>&1)
     } 4>&1
     printf '\n@exit %s\n' "${code:-126}"
 }
@@ -128,7 +134,7 @@ env_value() {
     eval "value=\${$1-}"
     if [ -z "$value" ]; then return 0; fi
     printf '@env %s\n' "$1"
-    printf '%s\n' "$value" | clip | sed 's/^/ /'
+    printf '%s\n' "$value" | clip | indent
     echo
 }
 
@@ -235,7 +241,7 @@ rocm() {
         rocm_root "${d#"$root"}"
     done
     printf '@list rocm-roots\n'
-    printf '%s' "$roots" | sed 's/^/ /'
+    printf '%s' "$roots" | indent
     for t in hipcc rocminfo rocm-sdk; do tool $t; done
 }
 
@@ -293,7 +299,7 @@ disks() {
         near=$p
         while [ -n "$near" ] && [ ! -e "$root$near" ]; do near=${near%/*}; done
         printf '@disk %s\n' "$p"
-        if [ -z "$root" ]; then { $guard df -Pk "${near:-/}" | sed 's/^/ /'; } 2>/dev/null; fi
+        if [ -z "$root" ]; then { $guard df -Pk "${near:-/}" | indent; } 2>/dev/null; fi
         path "${near:-/}"
     done
 }

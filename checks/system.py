@@ -209,11 +209,9 @@ def _overlap(held: str, wanted: str) -> bool:
 
 
 def _held_by_halo(case: Case, port: int) -> bool:
-    units = (unit for scope in case.facts.systemd.units.values() for unit in scope.values())
-    return any(
-        u.name == "halo-server.socket" and u.active == "active" and f":{port} " in f"{u.listen} "
-        for u in units
-    )
+    """By the socket unit of this very scope: another scope's halo is another program here."""
+    unit = case.facts.systemd.units.get(case.request.scope, {}).get("halo-server.socket")
+    return unit is not None and unit.active == "active" and f":{port} " in f"{unit.listen} "
 
 
 def check_systemd(case: Case) -> Iterator[Finding]:

@@ -37,7 +37,7 @@ cwsr_size 19185664
 ctl_stack_size 16384"""
 
 OS_RELEASE: Mapping[str, str] = {
-    "debian": 'ID=debian\nVERSION_ID="12"\nVERSION_CODENAME=bookworm\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"',
+    "debian": 'ID=debian\nVERSION_ID="12"\nVERSION_CODENAME=bookworm\nPRETTY_NAME="Debian GNU/Linux 12"',
     "forky": 'ID=debian\nVERSION_CODENAME=forky\nPRETTY_NAME="Debian GNU/Linux forky/sid"',
     "ubuntu": 'ID=ubuntu\nID_LIKE=debian\nVERSION_ID="26.04"\nPRETTY_NAME="Ubuntu 26.04 LTS"',
     "arch": 'ID=arch\nBUILD_ID=rolling\nPRETTY_NAME="Arch Linux"',
@@ -152,7 +152,7 @@ def strix_halo(distribution: str = "arch", kernel: str = "7.2.5-arch1-1") -> Box
             f"{NPU}/revision": "0x11",
             f"{NPU}/class": "0x118000",
             f"{NPU}/uevent": "DRIVER=amdxdna\nPCI_ID=1022:17F0",
-            "/sys/class/kfd/kfd/topology/nodes/0/properties": "cpu_cores_count 32\nsimd_count 0\ngfx_target_version 0",
+            NODE.replace("/1/", "/0/"): "cpu_cores_count 32\nsimd_count 0\ngfx_target_version 0",
             NODE: KFD,
             "/opt/rocm/.info/version": "7.2.3-70",
         },

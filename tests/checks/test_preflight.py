@@ -204,7 +204,8 @@ CPU_FAULTS: dict[str, tuple[Box, Request, list[str]]] = {
     "read-only": (
         plain().but(
             files={
-                "/proc/self/mountinfo": "27 1 254:0 / / rw - ext4 /dev/vda rw\n28 27 254:1 / /opt ro - ext4 /dev/vdb ro"
+                "/proc/self/mountinfo": "27 1 254:0 / / rw - ext4 /dev/vda rw\n"
+                "28 27 254:1 / /opt ro - ext4 /dev/vdb ro"
             },
             disks={"/opt/halo": (50_000_000_000, "r-", "/opt")},
         ),
@@ -241,7 +242,7 @@ CPU_FAULTS: dict[str, tuple[Box, Request, list[str]]] = {
         plain().but(
             commands={
                 "/proc/net/tcp": (0, "   0: 0100007F:1FF4 00000000:0000 0A 0:0 00:0 0 0 0 582"),
-                "systemctl show": (
+                "systemctl --user show": (
                     0,
                     "Id=halo-server.socket\nActiveState=active\nListen=127.0.0.1:8180 (Stream)",
                 ),
