@@ -285,9 +285,11 @@ class EventStream(Response):
         job = self._answer.job
         async with _cancelled_on_disconnect(job, receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in _events(self._answer):
-                line = b"data: " + msgspec.json.encode(event) if isinstance(event, dict) else event
-                await send(_body(line + b"\n\n", more=True))
+            try:
+                async for event in _events(self._answer):
+                    await send(_event(event))
+            except asyncio.CancelledError:  # the server ends, and this stream has had its time to end before
+                await send(_event(error_body(ApiError(503, "The server is shutting down."))))
             await send(_body(b"", more=False))
 
 
@@ -314,6 +316,11 @@ async def _events(answer: Answer) -> AsyncIterator[dict[str, Any] | bytes]:
     except Exception as error:  # the status is sent: the only way left to tell is an event
         yield error_body(as_api_error(error))
     yield b"data: [DONE]"
+
+
+def _event(event: dict[str, Any] | bytes) -> AsgiMessage:
+    line = b"data: " + msgspec.json.encode(event) if isinstance(event, dict) else event
+    return _body(line + b"\n\n", more=True)
 
 
 def _body(data: bytes, *, more: bool) -> AsgiMessage:

@@ -26,7 +26,7 @@ from engine.server.openai import Service
 from engine.server.runner import DEFAULT_QUEUE_LIMIT, Runner
 from engine.server.sockets import activated_sockets, bind, describe, notify, refuse_open_address
 
-DRAIN_SECONDS: Final = 60  # below systemd's TimeoutStopSec=90
+DRAIN_SECONDS: Final = 15  # the unit has TimeoutStopSec=20, after which systemd kills
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,18 @@ def test_sigterm_lets_a_stream_end_then_exits_0():
         _end(process)
 
 
+def test_a_stream_that_does_not_end_in_time_is_told_and_does_not_hold_up_the_shutdown(monkeypatch):
+    monkeypatch.setattr("engine.server.serve.DRAIN_SECONDS", 1)
+    engine = make_engine(ScriptedSession(byte_tokens(b"tick "), delay=0.02), context=10**6)
+    with running(engine) as server:
+        stream = client_of(server.url, "x").chat.completions.create(**CHAT, stream=True)
+        next(iter(stream))
+        server.server.should_exit = True
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        wait_until(lambda: server.service.runner.counts() == (0, 0))
+
+
 def test_ctrl_c_exits_130():
     port = free_port()
     process = _spawn("127.0.0.1", str(port))
