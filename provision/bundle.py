@@ -17,6 +17,7 @@ from typing import Any, Final
 from engine.errors import HaloError
 from provision.files import copy_files, remove_tree, sha256_file, source_files
 from provision.generations import SOURCE_NAMES, source_sha256, version_of
+from provision.model_source import DEMO_MODEL, model_source
 from provision.render import TICK, Screen
 from provision.run import Log, failure, run
 from provision.toolchain import LIBRARY, Toolchain, build_native, system_toolchain, wheel_toolchain
@@ -109,6 +110,8 @@ def fill(
     """Source, wheels and library into `staging`, and its manifest last."""
     screen.begin(1, 4, "source")
     copy_files(source, source_files(source, SOURCE_NAMES), staging)
+    model = model_source(source)
+    copy_files(model, model.iterdir(), staging / DEMO_MODEL)
     screen.end(TICK)
     screen.begin(2, 4, "wheels")
     wheels = staging / "wheels"

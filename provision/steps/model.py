@@ -12,8 +12,8 @@ from engine.formats.store import is_stored, read_description, store_name, unpack
 from provision.context import Action, Context
 from provision.endpoint import check_golden
 from provision.files import remove_tree
+from provision.model_source import model_source
 from provision.run import run
-from provision.steps.preflight import model_source
 
 
 def plan(ctx: Context) -> list[Action]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from engine.errors import HaloError
@@ -15,6 +14,7 @@ from provision.context import Action, Context
 from provision.distro import detect_manager, distribution, install_command
 from provision.files import nearest_existing
 from provision.layout import in_a_home
+from provision.model_source import model_source
 from provision.render import CROSS
 from provision.services import is_active
 from provision.venv import choose_interpreter, pip_command
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
     from checks.finding import Finding
 
 NEEDED_BYTES: Final = 450 << 20
-DEMO_MODEL: Final = "engine/models/demo"
-
-
-def model_source(source: Path) -> Path:
-    """The directory of the bundled model; HALO_DEMO_MODEL_DIR puts another in its place."""
-    override = os.environ.get("HALO_DEMO_MODEL_DIR", "")
-    return Path(override) if override else source / DEMO_MODEL
 
 
 def plan(ctx: Context) -> list[Action]:

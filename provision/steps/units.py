@@ -12,7 +12,7 @@ from provision.context import Action, Context
 from provision.desired import is_loopback
 from provision.files import atomic_write, fsync_tree, write_secret
 from provision.generations import MANIFEST, SCHEMA, hash_files
-from provision.steps.preflight import model_source
+from provision.model_source import model_source
 from units.render import UnitContext, render_units
 
 
