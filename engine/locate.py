@@ -48,7 +48,7 @@ def locate(model: str | Path | None = None, environ: Mapping[str, str] | None = 
         generation_dir=generation_dir,
         model_dir=_model_dir(model, env, generation_dir),
         generation=str(manifest.get("id", SOURCE_GENERATION)),
-        version=str(manifest.get("version", "")) or _distribution_version(),
+        version=str(manifest.get("version", "")) or _source_version(),
     )
 
 
@@ -131,10 +131,12 @@ def _bad_card(path: Path, why: str) -> HaloError:
     return HaloError(f"{path} does not describe a model: {why}.", hint="run `halo install` again.")
 
 
-def _distribution_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def _source_version() -> str:
+    """The version that the source beside this room says it is."""
+    import tomllib
 
     try:
-        return version("halo-box")
-    except PackageNotFoundError:
-        return "0+source"
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+        return str(project["project"]["version"])
+    except (OSError, ValueError, KeyError):
+        return "unknown"
