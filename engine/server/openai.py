@@ -264,9 +264,9 @@ async def _whole(answer: Answer, receive: Receive) -> Response:
             ids[index].append(step.token_id)
             count += not step.is_end
             reasons[index] = step.finish_reason
-    if answer.job.cancelled() and len(reasons) < len(works):
-        raise ClientDisconnect
-    choices = [answer.choice(i, texts[i], reasons.get(i), ids[i]) for i in sorted(texts)]
+    if any(reasons.get(work.index) is None for work in works):
+        raise ClientDisconnect  # cut short, so nobody is there to read it
+    choices = [answer.choice(i, texts[i], reasons[i], ids[i]) for i in sorted(texts)]
     envelope = answer.envelope("chat.completion" if answer.chat else "text_completion", choices)
     return _json(envelope | {"usage": answer.usage(count)})
 
