@@ -221,9 +221,11 @@ modules() {
 rocm_root() {
     if [ ! -d "$root$1" ]; then return 0; fi
     roots="$roots$1$newline"
-    for f in bin/hipcc bin/amdclang++ llvm/bin/clang++ lib/llvm/bin/clang++ lib/cmake/hip/hip-config.cmake \
-        lib64/cmake/hip/hip-config.cmake; do
+    for f in bin/hipcc bin/amdclang++ llvm/bin/clang++ lib/llvm/bin/clang++; do
         if [ -e "$root$1/$f" ]; then path "$1/$f"; fi
+    done
+    for f in "$root$1"/lib*/cmake/hip/hip-config.cmake "$root$1"/lib/*/cmake/hip/hip-config.cmake; do
+        if [ -e "$f" ]; then path "${f#"$root"}"; fi
     done
     for f in .info/version include/rocm-core/rocm_version.h include/hip/hip_version.h; do
         if [ -e "$root$1/$f" ]; then file "$1/$f"; fi

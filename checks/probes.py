@@ -73,7 +73,9 @@ def compiler_command(facts: Facts, target: str = "gfx1151") -> tuple[str, ...]:
     if not facts.rocm:
         return ()
     root = facts.rocm[0]
-    driver = (root.hipcc,) if root.hipcc else (root.clang, "-x", "hip", f"--rocm-path={root.path}")
+    # A distribution's own clang finds its device libraries beside itself; one told /usr would look in vain.
+    place = () if root.path == "/usr" else (f"--rocm-path={root.path}",)
+    driver = (root.hipcc,) if root.hipcc else (root.clang, "-x", "hip", *place)
     return (*driver, f"--offload-arch={target}", "-O2", "-c", "probe.hip", "-o", "probe.o")
 
 

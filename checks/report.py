@@ -64,7 +64,7 @@ def print_table(outcomes: Sequence[Outcome], folded: Folded, details: dict[str, 
         print(paint(mark), f"{outcome.check.title:<27} {detail}".rstrip())
         for finding in shown:
             for line in finding_lines(finding, folded.consequences.get(finding.id, ())):
-                print(paint(line[0]) + line[1:] if line[:1] in _COLOURS else line)
+                print(printable(line))
 
 
 def finding_lines(finding: Finding, consequences: Sequence[str] = ()) -> Iterator[str]:
@@ -80,7 +80,7 @@ def finding_lines(finding: Finding, consequences: Sequence[str] = ()) -> Iterato
     width = max(40, min(shutil.get_terminal_size((110, 24)).columns, 140) - 17)
     for name, text in rows:
         # A command is never broken: a person pastes it.
-        lines = [text] if name == "fix" else textwrap.wrap(printable(text), width) or [""]
+        lines = [text] if name == "fix" else textwrap.wrap(text, width) or [""]
         yield f"      {name + ':':<9} {lines[0]}"
         yield from (f"{'':<17}{line}" for line in lines[1:])
 

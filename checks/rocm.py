@@ -11,6 +11,13 @@ from checks.host import RocmRoot, dotted
 from checks.remedy import rocm_fix
 
 FLOOR: Final = (6, 4)  # the first whose compiler and device libraries know gfx1151
+# How compilers say that they, or their device libraries, lack the target.
+_NO_GFX1151: Final = (
+    "device library for gfx1151",
+    "oclc_isa_version_1151",
+    "invalid target ID",
+    "unsupported HIP gpu arch",
+)
 ADVISED: Final = (7, 2)  # the first that reads the save-area size from the kernel; older ones need a backport
 
 
@@ -80,7 +87,7 @@ def _compile_failed(case: Case, probe: CompileProbe) -> Finding:
             f"A small HIP kernel did not compile in {probe.seconds:.0f} s",
             "Run the command by hand.",
         )
-    elif "oclc_isa_version_1151" in tail or "invalid target ID" in tail or "unsupported HIP gpu arch" in tail:
+    elif any(words in tail for words in _NO_GFX1151):
         identity, title = "rocm.no-gfx1151", "The ROCm that is installed has no gfx1151"
     elif "file not found" in tail and ("'cmath'" in tail or "'cstdlib'" in tail):
         title, fix = "The HIP compiler finds no C++ standard library", None

@@ -110,6 +110,12 @@ def test_a_healthy_strix_halo_is_let_through(distribution: str) -> None:
     ("code", "tail", "wanted"),
     [
         (1, "clang: error: cannot find device library oclc_isa_version_1151.bc", "rocm.no-gfx1151"),
+        # Word for word what Debian forky's hipcc says when its gfx1151 device library is moved away.
+        (
+            1,
+            "clang++: error: cannot find ROCm device library for gfx1151; provide its path",
+            "rocm.no-gfx1151",
+        ),
         (1, "clang: error: invalid target ID 'gfx1151'", "rocm.no-gfx1151"),
         (1, "fatal error: 'cmath' file not found", "rocm.compile-failed"),
         (-1, "", "rocm.compile-failed"),
