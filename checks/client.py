@@ -24,6 +24,13 @@ class AskFailed(Exception):
         self.code = code
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like any other: following it would carry the key to another host."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
 def base_url(listen: str) -> str:
     """The URL by which a client on this machine reaches `listen`: a wildcard is asked on loopback."""
     address, _, port = listen.rpartition(":")
@@ -45,7 +52,7 @@ def ask(
 ) -> Mapping[str, Any]:
     """GET, or POST of `body`, and the JSON object that came back; AskFailed for anything else.
 
-    Proxies of the environment are not used: the server is on this machine, and the key stays on it.
+    Neither proxies of the environment nor redirects are used: the key goes to this one server alone.
     """
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     data = json.dumps(body).encode() if body is not None else None
@@ -53,7 +60,7 @@ def ask(
         raise AskFailed(f"{url!r} is no http URL")
     try:
         request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 - checked above
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
         with opener.open(request, timeout=timeout) as answer:
             value = json.loads(answer.read(MAX_ANSWER_BYTES))
     except urllib.error.HTTPError as error:

@@ -63,7 +63,7 @@ def _no_answer(case: Case, decoded: Decoded, installed: Installed) -> Iterator[F
 
 def _generation(decoded: Decoded, installed: Installed) -> Iterator[Finding]:
     health = decoded.health or {}
-    said, wanted = health.get("generation"), installed.manifest.get("id")
+    said, wanted = str(health.get("generation"))[:80], str(installed.manifest.get("id"))
     if said != wanted:
         user = ("--user",) if installed.scope == "user" else ()
         yield Finding(

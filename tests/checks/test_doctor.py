@@ -97,6 +97,7 @@ class Server(ThreadingHTTPServer):
         }
         self.status = 200
         self.key = ""
+        self.location = ""
         self.requests: list[dict[str, Any]] = []
 
     @property
@@ -114,6 +115,8 @@ class Handler(BaseHTTPRequestHandler):
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if self.server.location:
+            self.send_header("Location", self.server.location)
         self.end_headers()
         self.wfile.write(body)
 
@@ -416,6 +419,37 @@ def test_evidence_cannot_drive_the_terminal(
     (tmp_path / "halo.toml").write_text("units = false\n")
     assert main(["--prefix", str(tmp_path)]) == 1
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_redirect_does_not_carry_the_key_to_another_server(tmp_path: Path, server: Server) -> None:
+    with Server() as other:
+        thread = threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        server.status, server.location = 307, f"http://{other.listen}/v1/completions"
+        decoded = client.decode_golden(f"http://{server.listen}", GOLDEN, key=KEY, timeout=5)
+        other.shutdown()
+        thread.join()
+    assert (decoded.code, decoded.ids, other.requests) == (307, None, [])
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"files": {"lib/x": None, "../../../../etc/passwd": 1, "/dev/zero": "0", "": ""}},
+        {"files": {}, "model": [], "listen": 5, "profile": {"a": 1}, "scope": [], "id": {"x": 1}},
+        {"files": {}, "model": {"golden": [1, {"prompt": 2}, {"prompt": "x", "ids": ["a"]}], "store": 7}},
+        {"files": []},
+        {},
+    ],
+)
+def test_no_manifest_breaks_the_doctor(tmp_path: Path, server: Server, manifest: dict[str, Any]) -> None:
+    generation = install(tmp_path)
+    (generation / "manifest.json").write_text(json.dumps(manifest))
+    case = case_of(tmp_path, server)
+    findings = judge(case)[1].roots
+    assert findings
+    assert "check.crashed" not in {finding.id for finding in findings}
+    assert run_doctor(prefix=tmp_path, level="passive") in (0, 1)
 
 
 def test_urls_that_are_no_http_are_refused(tmp_path: Path) -> None:

@@ -336,3 +336,23 @@ def test_folding_follows_causes_through_steps_and_survives_a_circle() -> None:
 def test_a_fix_is_a_line_that_a_person_can_paste() -> None:
     fix = Fix("do it", (("apt-get", "update"), ("apt-get", "install", "a b")), needs_root=True)
     assert fix.command() == "sudo apt-get update && sudo apt-get install 'a b'"
+
+
+def test_a_users_own_rights_say_nothing_about_a_system_service() -> None:
+    box = strix_halo().but(places={"/dev/kfd": "char --"})
+    request = Request("/opt/halo", scope="system")
+    assert preflight(box.facts(), "strix-halo", request, compile_probe=COMPILED) == []
+
+
+def test_another_scopes_server_on_the_port_is_in_the_way() -> None:
+    box = plain().but(
+        commands={
+            "/proc/net/tcp": (0, "   0: 0100007F:1FF4 00000000:0000 0A 0:0 00:0 0 0 0 582"),
+            "systemctl show": (
+                0,
+                "Id=halo-server.socket\nActiveState=active\nListen=127.0.0.1:8180 (Stream)",
+            ),
+        }
+    )
+    assert ids(preflight(box.facts(), "cpu", Request("/home/ada/halo", scope="user"))) == ["port.taken"]
+    assert ids(preflight(box.facts(), "cpu", Request("/opt/halo", scope="system"))) == []
