@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import HaloError
 from provision.layout import Layout
-from provision.run import Log, run
+from provision.run import Log, Result, run
 from units.render import SERVICE, SOCKET, UNIT_NAMES, wants_directory
 
 Operation = dict[str, Any]
@@ -121,14 +121,28 @@ def perform(
     needed = {operation["what"] for operation in operations if not operation.get("optional")}
     failed = next((report for report in reports if not report["ok"] and report["what"] in needed), None)
     if failed is not None:
-        said = [line for line in result.stderr.splitlines() if line.strip()]
-        detail = said[-1].strip() if said else failed["error"]
-        raise HaloError(f"Could not {failed['what']}: {detail}", hint=_hint(operations))
+        raise HaloError(
+            f"Could not {failed['what']}: {_reason(operations, result, log)}", hint=_hint(operations)
+        )
     if not result.ok:
         raise HaloError(
             f"The worker that changes the system failed: {result.last_line()}", hint="see the log"
         )
     return reports
+
+
+def _reason(operations: list[Operation], result: Result, log: Log) -> str:
+    """Why it failed, in the words of whoever knows: the unit's journal, else the command that was run."""
+    if any(operation["op"] == "service" for operation in operations):
+        user = ["--user"] if any(operation.get("user") for operation in operations) else []
+        argv = ["journalctl", *user, "--unit", SERVICE, "--lines", "20", "--no-pager", "--output", "cat"]
+        told = run(argv, log=log, check=False, timeout=30).stdout.splitlines()
+        errors = [line for line in told if "rror" in line or "Failed at step" in line]
+        if errors:
+            return errors[-1].strip()
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    spoken = [line for line in lines if not line.startswith(("--->", "Starting", "[@local] Error: executed"))]
+    return spoken[-1] if spoken else result.last_line()
 
 
 def _hint(operations: list[Operation]) -> str:

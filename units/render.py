@@ -81,13 +81,14 @@ def _scope_values(context: UnitContext) -> dict[str, str]:
         return {
             "identity": identity,
             "credentials": credentials,
-            "protect_home": "ProtectHome=yes\n",
+            "protect": "ProtectHome=yes\nProtectKernelLogs=yes\n",
             "wanted_by": "multi-user.target",
         }
+    # A user manager cannot mask /proc/kmsg in a container, and a user reads no kernel log by it anyway.
     return {
         "identity": "",
         "credentials": credentials,
-        "protect_home": "ProtectHome=read-only\n",
+        "protect": "ProtectHome=read-only\n",
         "wanted_by": "default.target",
     }
 
