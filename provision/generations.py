@@ -96,10 +96,12 @@ def choose_name(layout: Layout, wanted: str) -> str:
 
     A current generation that is damaged is not remade under its own server's feet: its repair is `wanted-rN`.
     """
-    live = current_id(layout)
+    live = current_id(layout) or ""
+    if (live == wanted or live.startswith(f"{wanted}-r")) and is_sound(layout.generation(live)):
+        return live
     for number in range(100):
         name = wanted if number == 0 else f"{wanted}-r{number}"
-        if name != live or is_sound(layout.generation(name)):
+        if name != live:
             return name
     raise HaloError("There are a hundred repairs of one generation.", hint=f"look into {layout.generations}")
 

@@ -8,7 +8,7 @@ from typing import Final
 from engine.errors import HaloError
 from provision.context import Context
 from provision.files import atomic_write, copy_files, remove_tree, source_files
-from provision.generations import SOURCE_NAMES
+from provision.generations import MANIFEST, SOURCE_NAMES
 from provision.venv import create, install, pip_command, site_packages
 
 _LAUNCHER: Final = """#!/bin/sh
@@ -21,10 +21,12 @@ exec {directory}/venv/bin/python -I -c 'from provision.cli import main; raise Sy
 
 def ensure_directory(ctx: Context) -> None:
     """An empty place for the generation; what a killed run left there goes first."""
-    if (ctx.directory / "src").is_dir():
+    if ctx.begun:
         return
     with ctx.change("engine", f"make {ctx.directory}"):
+        (ctx.directory / MANIFEST).unlink(missing_ok=True)
         remove_tree(ctx.directory)
+        ctx.begun = True
         ctx.undo.append((f"remove {ctx.directory}", lambda: remove_tree(ctx.directory)))
         for name in ("src", "bin", "lib", "units", "models"):
             (ctx.directory / name).mkdir(parents=True)

@@ -68,7 +68,12 @@ def supply_pip(ctx: Context, manager: Manager | None) -> None:
 def install_system(ctx: Context, manager: Manager) -> None:
     """Install compiler and CMake with the distribution's manager, through pyinfra's worker."""
     names = [name for feature in ctx.missing for name in manager.packages.get(feature, ())]
-    ensure_venv(ctx)
+    try:
+        ensure_venv(ctx)
+    except HaloError as error:
+        raise missing_error(
+            ctx, manager, f"halo's own installer cannot be fetched: {error.message}"
+        ) from error
     with ctx.change("packages", f"{manager.name} install {' '.join(names)}", packages=names):
         operation = {"op": "packages", "manager": manager.name, "names": names}
         operation["what"] = f"install {' '.join(names)} with {manager.name}"
@@ -92,10 +97,14 @@ def unpack_wheels(ctx: Context) -> None:
         with ctx.change("packages", "unpack a C++ compiler, CMake and Ninja from wheels"):
             install(pip, lock, ctx.log, target=target, tick=ctx.screen.tick)
     except HaloError as error:
-        manager = detect_manager()
-        unknown = "" if manager else f" {distribution()} is a distribution that halo does not know."
-        raise HaloError(
-            f"There is no {', no '.join(ctx.missing)} here, and none can be fetched as wheels.{unknown}",
-            hint=f"{install_command(ctx.missing, manager)}; or install from a bundle: --bundle FILE",
-        ) from error
+        raise missing_error(ctx, detect_manager(), "none can be fetched as wheels.") from error
     ctx.tools = toolchain.wheel_toolchain(target)
+
+
+def missing_error(ctx: Context, manager: Manager | None, why: str) -> HaloError:
+    """The sentence for a box without a compiler that cannot be given one."""
+    unknown = "" if manager else f" {distribution()} is a distribution that halo does not know."
+    return HaloError(
+        f"There is no {', no '.join(ctx.missing)} here, and {why}{unknown}",
+        hint=f"{install_command(ctx.missing, manager)}; or install from a bundle: --bundle FILE",
+    )

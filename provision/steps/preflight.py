@@ -106,10 +106,13 @@ def refuse(ctx: Context, findings: list[Finding]) -> None:
         elif finding.severity == "warn":
             ctx.warn(f"{finding.title} [{finding.id}]", hint)
     if refusals:
-        what = refusals[0].title if len(refusals) == 1 else f"{len(refusals)} things forbid this install"
-        hint = "mend what is named above, then run it again"
+        what = "; ".join(f"{finding.title} [{finding.id}]" for finding in refusals)
+        first = refusals[0]
+        hint = (
+            first.fix.describe() if first.fix is not None else first.hint
+        ) or "mend that, then run it again"
         if ctx.profile != "cpu":
-            hint += "; or install for the CPU: --profile cpu"
+            hint = "mend what is named above, then run it again; or install for the CPU: --profile cpu"
         raise HaloError(f"Preflight refuses: {what}.", hint=hint)
 
 
