@@ -76,6 +76,10 @@ class Installed:
         """False when the install left systemd alone (--no-units)."""
         return bool(self.manifest.get("systemd", True))
 
+    def served(self, *, systemd: bool) -> bool:
+        """Whether a server is expected to answer: there are units, and a `systemd` to run them."""
+        return self.units_wanted and systemd
+
     @property
     def golden(self) -> tuple[Mapping[str, Any], ...]:
         model = self.manifest.get("model")
@@ -87,7 +91,8 @@ class Installed:
 class Decoded:
     """What the running server answered. `health` and `ids` are None when the call failed; `error` says why.
 
-    `code` is the HTTP status of the failing call, 0 when there was no answer at all.
+    `code` is the HTTP status of the failing call, 0 when there was no answer at all. `by_engine` is True when
+    no server was expected and the generation's own engine decoded instead.
     """
 
     url: str
@@ -98,6 +103,7 @@ class Decoded:
     seconds: float = 0.0
     error: str = ""
     code: int = 0
+    by_engine: bool = False
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def decode_golden(
     """Health, then the first golden prompt at temperature 0. Never raises: what failed is in the result."""
     start = time.monotonic()
     url = url.rstrip("/")
-    prompt, wanted = _golden(golden)
+    prompt, wanted = golden_of(golden)
     try:
         health = ask(f"{url}/health", timeout=timeout)
     except AskFailed as failed:
@@ -101,7 +101,8 @@ def decode_golden(
     return Decoded(url, health, prompt, wanted, ids, time.monotonic() - start)
 
 
-def _golden(golden: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[int, ...]]:
+def golden_of(golden: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[int, ...]]:
+    """The first sound golden entry as (prompt, ids); ("", ()) when there is none."""
     for each in golden:
         prompt, ids = each.get("prompt"), each.get("ids")
         if isinstance(prompt, str) and isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):

@@ -25,10 +25,14 @@ def check_decode(case: Case) -> Iterator[Finding]:
     decoded, installed = case.decoded, case.installed
     if decoded is None or installed is None or not installed.exists:
         return
+    if decoded.by_engine and decoded.ids is None:
+        yield _engine_failed(decoded)
+        return
     if decoded.health is None:
         yield from _no_answer(case, decoded, installed)
         return
-    yield from _generation(decoded, installed)
+    if not decoded.by_engine:
+        yield from _generation(decoded, installed)
     if not decoded.wanted:
         yield Finding(
             "decode.no-golden",
@@ -47,7 +51,7 @@ def check_decode(case: Case) -> Iterator[Finding]:
 
 def _no_answer(case: Case, decoded: Decoded, installed: Installed) -> Iterator[Finding]:
     """Without units nobody promised that a server runs, so silence is no fault there."""
-    served = installed.units_wanted and case.facts.systemd.running
+    served = installed.served(systemd=case.facts.systemd.running)
     yield Finding(
         "decode.no-answer" if served else "decode.not-served",
         "The server does not answer" if served else "No server runs here, so nothing could be decoded",
@@ -58,6 +62,18 @@ def _no_answer(case: Case, decoded: Decoded, installed: Installed) -> Iterator[F
         hint=f"Read its log: journalctl {'--user ' if installed.scope == 'user' else ''}-u halo-server -n 50"
         if served
         else "Start one, and ask again: halo serve",
+    )
+
+
+def _engine_failed(decoded: Decoded) -> Finding:
+    return Finding(
+        "decode.engine-failed",
+        "The engine of the current generation does not decode",
+        Severity.FAIL,
+        evidence=(f"python -m checks.engine_probe: {decoded.error}",),
+        affects="every answer",
+        depends_on=("install",),
+        fix=Fix("build the generation anew", (("halo", "install", "--yes"),)),
     )
 
 
@@ -109,11 +125,11 @@ def _refused(decoded: Decoded) -> Finding:
 
 
 def _wrong(decoded: Decoded) -> Finding:
-    got = decoded.ids or ()
+    got, who = decoded.ids or (), "engine" if decoded.by_engine else "server"
     first = next((i for i, (a, b) in enumerate(zip(got, decoded.wanted, strict=False)) if a != b), len(got))
     return Finding(
         "decode.wrong-tokens",
-        f"The server decodes other tokens than the golden ones, from position {first} on",
+        f"The {who} decodes other tokens than the golden ones, from position {first} on",
         Severity.FAIL,
         evidence=(
             f"prompt {decoded.prompt!r}",

@@ -77,8 +77,8 @@ def examine(
 ) -> Case:
     """Collect all that the doctor judges: facts, the install, and, when active, what the server decodes.
 
-    The only effects are reading files, one HTTP request to this machine, and with `compile_gpu` a compile in
-    a temporary directory.
+    The only effects are reading files, one decode through the server on this machine (through a child process
+    where no server is expected), and with `compile_gpu` a compile in a temporary directory.
     """
     seen = facts.gather([prefix])
     installed = collect.read_installed(prefix, hashes=active)
@@ -89,7 +89,10 @@ def examine(
     if compile_gpu and chosen == "strix-halo":
         case = replace(case, compile_probe=probes.probe_compile(seen))
     if active and installed.exists and not installed.problem:
-        case = replace(case, decoded=_decode(installed, url or client.base_url(listen)))
+        decoded = _decode(installed, url or client.base_url(listen))
+        if not url and decoded.health is None and not installed.served(systemd=seen.systemd.running):
+            decoded = probes.probe_engine(installed)
+        case = replace(case, decoded=decoded)
     return case
 
 

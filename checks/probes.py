@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from checks.case import CompileProbe
+from checks.case import CompileProbe, Decoded, Installed
+from checks.client import golden_of
 from checks.facts import Facts
 
 COMPILE_SECONDS: Final = 120.0
+ENGINE_SECONDS: Final = 120.0
 MAX_OUTPUT_BYTES: Final = 64 << 10
 
 # It needs what a real build needs: HIP's headers, the device libraries (expf), a host C++ standard library,
@@ -77,6 +80,28 @@ def compiler_command(facts: Facts, target: str = "gfx1151") -> tuple[str, ...]:
     place = () if root.path == "/usr" else (f"--rocm-path={root.path}",)
     driver = (root.hipcc,) if root.hipcc else (root.clang, "-x", "hip", *place)
     return (*driver, f"--offload-arch={target}", "-O2", "-c", "probe.hip", "-o", "probe.o")
+
+
+def probe_engine(installed: Installed, timeout: float = ENGINE_SECONDS) -> Decoded:
+    """Decode the golden prompt in a child of the generation's own Python, where no server is expected."""
+    generation = Path(installed.generation)
+    prompt, wanted = golden_of(installed.golden)
+    python = str(generation / "venv" / "bin" / "python")
+    argv = [python, "-m", "checks.engine_probe", str(generation / "models" / "default")]
+    env = {**os.environ, "HALO_GENERATION_DIR": str(generation), "PYTHONNOUSERSITE": "1"}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="halo-probe-") as place:
+        code, tail = run_bounded(argv, timeout=timeout, cwd=Path(place), env=env)
+    seconds = time.monotonic() - start
+    words = tail.rpartition("\n")[2]
+    try:
+        answer = json.loads(words)
+        ids = tuple(int(each) for each in answer["ids"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        said = "it ran past its time" if code == -1 else words[:300]
+        error = f"exit {code}: {said}"
+        return Decoded("engine", None, prompt, wanted, None, seconds, error, by_engine=True)
+    return Decoded("engine", {"backend": "the engine itself"}, prompt, wanted, ids, seconds, by_engine=True)
 
 
 def probe_compile(

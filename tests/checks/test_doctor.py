@@ -290,14 +290,43 @@ def test_linger_off_is_a_warning(tmp_path: Path, server: Server) -> None:
     assert exit_code(judge(case)[1].roots) == 2
 
 
-def test_an_install_that_leaves_systemd_alone_is_not_blamed_for_it(tmp_path: Path) -> None:
+def engine_that(generation: Path, script: str) -> None:
+    """Give the generation a Python that is this shell script; what the engine answers is tests/engine's."""
+    python = generation / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+
+
+ENGINES = {
+    "right": ("echo '{\"ids\": [11, 12, 13, 14]}'", 0, ""),
+    "wrong": ("echo '{\"ids\": [11, 12, 13, 15]}'", 1, "decode.wrong-tokens"),
+    "crashed": ("echo boom >&2; kill -SEGV $$", 1, "decode.engine-failed"),
+    "broken": ('echo \'{"error": "no library"}\'; exit 1', 1, "decode.engine-failed"),
+    "asked for the model": ('test -e "$3/model.h1b" && echo \'{"ids": [11, 12, 13, 14]}\'', 0, ""),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_where_no_server_is_expected_the_engine_itself_must_decode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    script, code, wanted = ENGINES[name]
+    with Server() as closed:
+        pass
+    engine_that(install(tmp_path, closed.listen), script)
+    (tmp_path / "halo.toml").write_text("units = false\n")
+    assert main(["--prefix", str(tmp_path), "--json"]) == code
+    report = json.loads(capsys.readouterr().out)
+    assert [finding["id"] for finding in report["findings"]] == ([wanted] if wanted else [])
+
+
+def test_an_address_that_was_asked_for_and_is_silent_is_said_to_be(tmp_path: Path) -> None:
     install(tmp_path)
     (tmp_path / "halo.toml").write_text("units = false\n")
     with Server() as closed:
         pass
-    case = case_of(tmp_path, closed)
-    assert roots(case) == []
-    assert [f.id for f in judge(case)[1].roots] == ["decode.not-served"]
+    assert [f.id for f in judge(case_of(tmp_path, closed))[1].roots] == ["decode.not-served"]
 
 
 LIES: dict[str, tuple[dict[str, Any], str]] = {
