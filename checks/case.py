@@ -92,7 +92,8 @@ class Decoded:
     """What the running server answered. `health` and `ids` are None when the call failed; `error` says why.
 
     `code` is the HTTP status of the failing call, 0 when there was no answer at all. `by_engine` is True when
-    no server was expected and the generation's own engine decoded instead.
+    no server was expected and the generation's own engine decoded instead; `asked` when
+    the address was named by the asker, so that silence is a failure.
     """
 
     url: str
@@ -104,6 +105,7 @@ class Decoded:
     error: str = ""
     code: int = 0
     by_engine: bool = False
+    asked: bool = False
 
 
 @dataclass(frozen=True)

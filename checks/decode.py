@@ -51,7 +51,7 @@ def check_decode(case: Case) -> Iterator[Finding]:
 
 def _no_answer(case: Case, decoded: Decoded, installed: Installed) -> Iterator[Finding]:
     """Without units nobody promised that a server runs, so silence is no fault there."""
-    served = installed.served(systemd=case.facts.systemd.running)
+    served = decoded.asked or installed.served(systemd=case.facts.systemd.running)
     yield Finding(
         "decode.no-answer" if served else "decode.not-served",
         "The server does not answer" if served else "No server runs here, so nothing could be decoded",

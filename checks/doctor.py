@@ -92,7 +92,7 @@ def examine(
         decoded = _decode(installed, url or client.base_url(listen))
         if not url and decoded.health is None and not installed.served(systemd=seen.systemd.running):
             decoded = probes.probe_engine(installed)
-        case = replace(case, decoded=decoded)
+        case = replace(case, decoded=replace(decoded, asked=bool(url)))
     return case
 
 
@@ -174,8 +174,9 @@ def _details(case: Case) -> dict[str, str]:
         details["services"] = _service_detail(case, case.installed)
     if case.decoded is not None and case.decoded.ids is not None:
         backend = (case.decoded.health or {}).get("backend", "?")
+        how = "by the engine itself, no server runs" if case.decoded.by_engine else f"served by {backend}"
         count = len(case.decoded.ids)
-        details["decode"] = f"{count} golden tokens, exact, {case.decoded.seconds:.2f} s, backend {backend}"
+        details["decode"] = f"{count} golden tokens, exact, {case.decoded.seconds:.2f} s, {how}"
     return details
 
 

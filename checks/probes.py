@@ -101,7 +101,7 @@ def probe_engine(installed: Installed, timeout: float = ENGINE_SECONDS) -> Decod
         said = "it ran past its time" if code == -1 else words[:300]
         error = f"exit {code}: {said}"
         return Decoded("engine", None, prompt, wanted, None, seconds, error, by_engine=True)
-    return Decoded("engine", {"backend": "the engine itself"}, prompt, wanted, ids, seconds, by_engine=True)
+    return Decoded("engine", {}, prompt, wanted, ids, seconds, by_engine=True)
 
 
 def probe_compile(

@@ -72,9 +72,7 @@ CHECKS: Final = (
     Check("memlock", "Locked memory", check_memlock, profile="strix-halo"),
     Check("install", "Installed files and model", check_install, preflight=False),
     Check("services", "Services", check_services, preflight=False, on_install=True),
-    Check(
-        "decode", "Decode through the server", check_decode, level="active", preflight=False, on_install=True
-    ),
+    Check("decode", "Decode", check_decode, level="active", preflight=False, on_install=True),
 )
 
 

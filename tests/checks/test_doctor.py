@@ -321,12 +321,15 @@ def test_where_no_server_is_expected_the_engine_itself_must_decode(
     assert [finding["id"] for finding in report["findings"]] == ([wanted] if wanted else [])
 
 
-def test_an_address_that_was_asked_for_and_is_silent_is_said_to_be(tmp_path: Path) -> None:
+def test_an_address_that_was_named_and_is_silent_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     install(tmp_path)
     (tmp_path / "halo.toml").write_text("units = false\n")
     with Server() as closed:
         pass
-    assert [f.id for f in judge(case_of(tmp_path, closed))[1].roots] == ["decode.not-served"]
+    assert main(["--prefix", str(tmp_path), "--url", f"http://{closed.listen}"]) == 1
+    assert "decode.no-answer" in capsys.readouterr().out
 
 
 LIES: dict[str, tuple[dict[str, Any], str]] = {
