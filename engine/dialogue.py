@@ -78,23 +78,24 @@ def converse(dialogue: Dialogue, write: Callable[[str], None]) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     write(HELP + "\n")
-    while True:
-        try:
-            message = input("> ").strip()
-        except EOFError:
-            write("\n")
-            return 0
-        except KeyboardInterrupt:
-            write("\n")
-            return EXIT_INTERRUPTED
-        if message in ("/exit", "/quit"):
-            return 0
-        if message == "/reset":
-            dialogue.reset()
-        elif message == "/help":
-            write(HELP + "\n")
-        elif message:
-            _answer(dialogue, message, write)
+    try:
+        while (message := input("> ").strip()) not in ("/exit", "/quit"):
+            _obey(dialogue, message, write)
+    except EOFError:
+        write("\n")
+    except KeyboardInterrupt:
+        write("\n")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _obey(dialogue: Dialogue, message: str, write: Callable[[str], None]) -> None:
+    if message == "/reset":
+        dialogue.reset()
+    elif message == "/help":
+        write(HELP + "\n")
+    elif message:
+        _answer(dialogue, message, write)
 
 
 def _answer(dialogue: Dialogue, message: str, write: Callable[[str], None]) -> None:

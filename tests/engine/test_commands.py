@@ -138,51 +138,79 @@ def test_chat_refuses_an_empty_message(env):
     assert b"empty" in halo("chat", env=env, stdin=b" \n").stderr
 
 
-def test_chat_on_a_terminal_is_a_dialogue(env):
-    master, slave = pty.openpty()
-    process = spawn("chat", env={**env, "TERM": "dumb"}, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    try:
-        read_until(master, b"> ")
-        for line, expected in ((b"hello\n", "Grüße, 🌍!"), (b"/reset\n", "> "), (b"again\n", "Grüße, 🌍!")):
-            os.write(master, line)
-            read_until(master, expected.encode())
-        read_until(master, b"> ")
-        os.write(master, b"/exit\n")
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
+class Terminal:
+    """A chat on a pseudo-terminal; what was read and not yet asked for is kept."""
+
+    def __init__(self, env) -> None:
+        self.fd, slave = pty.openpty()
+        try:
+            files = {"stdin": slave, "stdout": slave, "stderr": slave}
+            self.process = spawn("chat", env={**env, "TERM": "dumb"}, **files)
+        finally:
+            os.close(slave)
+        self._seen = b""
+
+    def say(self, line: str) -> None:
+        os.write(self.fd, line.encode() + b"\n")
+
+    def expect(self, wanted: str, seconds: float = 60.0) -> None:
+        end = time.monotonic() + seconds
+        while wanted.encode() not in self._seen:
+            assert time.monotonic() < end, (wanted, self._seen)
+            if select.select([self.fd], [], [], 0.2)[0]:
+                self._seen += os.read(self.fd, 4096)
+        self._seen = self._seen.split(wanted.encode(), 1)[1]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_the_dialogue(env):
-    master, slave = pty.openpty()
-    slow = {**env, "TERM": "dumb", "SCRIPT": " tick" * 80, "STEP_SECONDS": "0.02"}
-    process = spawn("chat", env=slow, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    try:
-        read_until(master, b"> ")
-        os.write(master, b"hello\n")
-        read_until(master, b"tick")
-        process.send_signal(signal.SIGINT)
-        read_until(master, b"> ")
-        os.write(master, b"/exit\n")
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
+@pytest.fixture
+def terminal(env):
+    opened: list[Terminal] = []
+
+    def start(**change: str) -> Terminal:
+        opened.append(Terminal({**env, **change}))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
 
 
-def read_until(fd: int, wanted: bytes, seconds: float = 30.0) -> bytes:
-    seen = b""
-    end = time.monotonic() + seconds
-    while wanted not in seen:
-        assert time.monotonic() < end, seen
-        if select.select([fd], [], [], 0.2)[0]:
-            seen += os.read(fd, 4096)
-    return seen
+def test_chat_on_a_terminal_is_a_dialogue(terminal):
+    chat = terminal()
+    chat.expect("> ")
+    for line in ("hello", "again"):
+        chat.say(line)
+        chat.expect("Grüße, 🌍!")
+        chat.expect("> ")
+    chat.say("/reset")
+    chat.expect("> ")
+    chat.say("/exit")
+    assert chat.process.wait(60) == 0
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_dialogue(terminal):
+    chat = terminal(SCRIPT=" tick" * 80, STEP_SECONDS="0.02")
+    chat.expect("> ")
+    chat.say("hello")
+    chat.expect("tick")
+    chat.process.send_signal(signal.SIGINT)
+    chat.expect("> ")
+    chat.say("/exit")
+    assert chat.process.wait(60) == 0
+
+
+def test_ctrl_c_at_the_prompt_ends_with_130(terminal):
+    chat = terminal()
+    chat.expect("> ")
+    chat.process.send_signal(signal.SIGINT)
+    # A signal that comes just before readline waits is seen by Python when the line ends: press Enter.
+    chat.say("")
+    assert chat.process.wait(60) == 130
 
 
 # --- the dialogue's memory

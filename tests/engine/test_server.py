@@ -323,7 +323,7 @@ VALUES = st.recursive(
 BASES = st.sampled_from([{**CHAT, "max_tokens": 2}, {"prompt": "hi", "max_tokens": 2}, {}])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     base=BASES, change=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3), cut=st.integers(0, 400)
 )
