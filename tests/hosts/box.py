@@ -64,9 +64,23 @@ def demo_model() -> Path | None:
     return Path(chosen) if chosen else None
 
 
+def findings(result: Result) -> list[str]:
+    """The ids of the findings for which an install refused."""
+    return re.findall(r"\u2717 .*\[([a-z0-9.-]+)\]$", result.out, re.MULTILINE)
+
+
+def has_words(text: str) -> bool:
+    """Whether the model has said something: a few words of the bundled model, anything of a stand-in."""
+    return len(text.split()) >= (3 if demo_model() is None else 1)
+
+
 def carry_source(host: Host, user: str = "root") -> None:
     """Put a clean clone at ~/halo of `user`, and the stand-in model where there is one."""
     host.run("tar --no-same-owner -xf -", user=user, stdin=source_archive())
+    _carry_model(host)
+
+
+def _carry_model(host: Host) -> None:
     if (model := demo_model()) is not None:
         host.run(f"mkdir -p {MODEL}")
         for file in model.iterdir():
@@ -84,6 +98,7 @@ def carry_bundle(host: Host, bundle: Path, user: str = "root") -> None:
     host.run(f"mkdir -p {SOURCE}", user=user)
     host.put(CHECKOUT / "install.py", f"{SOURCE}/install.py", user=user)
     host.put(bundle, f"{SOURCE}/bundle", user=user)
+    _carry_model(host)
 
 
 def install_line(*options: str) -> str:

@@ -111,6 +111,8 @@ class Host:
                  "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c", _START, "sh",
                  str(self.root), str(self.home), " ".join(map(str, self.cgroups)), *nspawn],
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                # systemd 258 and newer boot with version 2 alone; older ones take either.
+                env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             )  # fmt: skip
         self._wait_until_up(start + BOOT_SECONDS)
         return time.monotonic() - start

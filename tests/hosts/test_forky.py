@@ -32,15 +32,15 @@ def test_rocm_passes_by_a_real_compile_and_the_absent_gpu_is_refused(
     with capsys.disabled():
         print(f"\n{result.out}{result.err}")
     assert result.code == 1
-    said = result.out + result.err
-    assert "[gpu" in said
-    assert "[rocm" not in said
+    # The host runs on this machine's kernel, which may be older than the profile wants.
+    assert [name for name in box.findings(result) if name != "kernel.too-old"] == ["gpu.absent"]
 
 
-def test_broken_rocm_is_found_by_the_compile(forky: Host) -> None:
-    """A hipcc that is there and cannot compile for gfx1151 is a finding of its own."""
-    found = forky.run("find / -xdev -name 'oclc_isa_version_1151.bc'").out.split()
-    assert found, "hipcc brings device libraries for gfx1151"
+@pytest.mark.parametrize("part", ["oclc_isa_version_1151.bc", "lld"], ids=["device-library", "linker"])
+def test_broken_rocm_is_a_finding_of_its_own(forky: Host, part: str) -> None:
+    """A hipcc that is there and cannot make code for gfx1151 is found now, not at the first kernel."""
+    found = forky.run(f"find / -xdev -name {part} -not -type d").out.split()
+    assert found, f"hipcc brings {part}"
     for path in found:
         forky.run(["mv", path, f"{path}.away"])
     try:
@@ -49,7 +49,7 @@ def test_broken_rocm_is_found_by_the_compile(forky: Host) -> None:
         for path in found:
             forky.run(["mv", f"{path}.away", path])
     assert result.code == 1
-    assert "[rocm" in result.out + result.err
+    assert any(name.startswith("rocm.") for name in box.findings(result))
 
 
 def test_installs_for_the_cpu_on_python_3_14(forky: Host) -> None:

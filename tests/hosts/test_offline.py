@@ -52,7 +52,7 @@ def installed(request: pytest.FixtureRequest) -> tuple[Host, Owner]:
 def test_socket_answers(installed: tuple[Host, Owner]) -> None:
     """The install is worth nothing if a client on the box gets no words."""
     host, owner = installed
-    assert len(box.completion(host, owner).split()) >= 3
+    assert box.has_words(box.completion(host, owner))
 
 
 def test_doctor_finds_nothing(installed: tuple[Host, Owner]) -> None:
@@ -119,7 +119,7 @@ def test_openai_client_from_outside(system: Host) -> None:
     client = listen_to_the_bridge(system)
     model = client.models.list().data[0].id
     answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=16, temperature=0)
-    assert len(answer.choices[0].text.split()) >= 3
+    assert box.has_words(answer.choices[0].text)
     assert answer.usage is not None
     assert 0 < answer.usage.completion_tokens <= 16
     parts = client.completions.create(model=model, prompt=PROMPT, max_tokens=16, temperature=0, stream=True)
@@ -138,7 +138,8 @@ def test_open_address_survives_a_power_cut(system: Host) -> None:
     client = listen_to_the_bridge(system)
     system.power_cut()
     system.boot()
-    answer = client.completions.create(model="halo-demo", prompt=PROMPT, max_tokens=4, temperature=0)
+    model = client.models.list().data[0].id
+    answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=4, temperature=0)
     assert answer.choices[0].text
 
 
