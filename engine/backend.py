@@ -1,8 +1,8 @@
 """The native engine from Python: ctypes over `engine/native/halo.h`. Not a sampler and not a scheduler.
 
-Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays.
-Environment: HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512,
-neon, neondot: forces a CPU path), HALO_THREADS (threads of a session).
+Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays. Environment:
+HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512, neon,
+neondot: forces a CPU path), HALO_THREADS (threads of a session).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
 
 
 def find_library(name: str = "cpu") -> Path:
-    """The backend library `libhalo_<name>.so` of HALO_LIB_DIR, else of the generation. HaloError if it is not there."""
+    """The library `libhalo_<name>.so` of HALO_LIB_DIR, else of the generation. HaloError if there is none."""
     file = f"libhalo_{name}.so"
     folder = os.environ.get("HALO_LIB_DIR")
     generation = os.environ.get("HALO_GENERATION_DIR")
@@ -80,7 +80,9 @@ def find_library(name: str = "cpu") -> Path:
             exit_code=EXIT_COULD_NOT_RUN,
         )
     if not path.is_file():
-        raise HaloError(f"The native library {path} is missing.", hint="halo install", exit_code=EXIT_COULD_NOT_RUN)
+        raise HaloError(
+            f"The native library {path} is missing.", hint="halo install", exit_code=EXIT_COULD_NOT_RUN
+        )
     return path
 
 
@@ -136,7 +138,9 @@ def _thread_count(threads: int | None) -> int:
         return threads
     text = os.environ.get("HALO_THREADS", "0")
     if not text.isdecimal():
-        raise HaloError(f"HALO_THREADS is {text!r}, not a number.", hint="unset HALO_THREADS, or set it to 1 or more")
+        raise HaloError(
+            f"HALO_THREADS is {text!r}, not a number.", hint="unset HALO_THREADS, or set it to 1 or more"
+        )
     return int(text)
 
 
@@ -160,7 +164,7 @@ class NativeModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """backend, abi, isa, paths, cpus and threads, with the environment's choice of path and threads applied."""
+        """backend, abi, isa, paths, cpus, threads; isa and threads are what a session will use by default."""
         facts = _read_facts(self._library, "halo_device_facts")
         facts["isa"] = os.environ.get("HALO_CPU_PATH") or facts["isa"]
         facts["threads"] = _thread_count(None) or facts["cpus"]
@@ -179,7 +183,12 @@ class NativeModel:
         handle = _OPAQUE()
         room = context if context is not None else self.config.max_seq_len
         status = self._library.halo_session_create(
-            self._handle, slots, room, _thread_count(threads), path.encode() if path else None, ctypes.byref(handle)
+            self._handle,
+            slots,
+            room,
+            _thread_count(threads),
+            path.encode() if path else None,
+            ctypes.byref(handle),
         )
         check(self._library, status)
         return Session(self._library, handle, self.config, slots, room)
@@ -220,10 +229,11 @@ class Session:
     def run(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
     ) -> NDArray[np.float32]:
-        """Run entries (token, slot, position) in order; logits float32 [number wanted, vocab] of those wanted.
+        """Run entries (token, slot, position) in order; logits float32 [number wanted, vocab] of those
+        wanted.
 
-        Positions of a slot are filled in order; a lower one rewinds the slot. Raises HaloError for a token, slot or
-        position out of range, and then nothing has run.
+        Positions of a slot are filled in order; a lower one rewinds the slot. Raises HaloError for a token,
+        slot or position out of range, and then nothing has run.
         """
         import numpy as np
 
@@ -242,12 +252,13 @@ class Session:
         return [int(index) for index in ids]
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> NDArray[np.float32]:
-        """Run `tokens` at positions start, start+1, ... of one slot; the logits float32 [vocab] after the last."""
+        """Run `tokens` of one slot at positions start, start+1, ...; the last one's logits, float32 [vocab]."""
         if not tokens:
             raise HaloError("There is nothing to prefill.", hint="begin with the model's bos token")
         count = len(tokens)
         want = [False] * (count - 1) + [True]
-        return self.run(tokens, [slot] * count, range(start, start + count), want)[0]
+        last: NDArray[np.float32] = self.run(tokens, [slot] * count, range(start, start + count), want)[0]
+        return last
 
     def _run(
         self,
@@ -262,17 +273,24 @@ class Session:
 
         count = len(tokens)
         if not len(slots) == len(positions) == len(want) == count:
-            raise HaloError("tokens, slots, positions and want have different lengths.", hint="one of each an entry")
+            raise HaloError(
+                "tokens, slots, positions and want have different lengths.", hint="one of each an entry"
+            )
         try:
             inputs = [np.array(values, dtype=np.int32) for values in (tokens, slots, positions)]
         except OverflowError as error:
-            raise HaloError("A token, slot or position is out of range.", hint="all are small numbers") from error
+            raise HaloError(
+                "A token, slot or position is out of range.", hint="all are small numbers"
+            ) from error
         inputs.append(np.array(want, dtype=bool).astype(np.uint8))
         empty = (None, 0)
         result = (out.ctypes.data, out.size)
         logits, ids = (empty, result) if flags & RUN_ARGMAX else (result, empty)
         pointers = [array.ctypes.data for array in inputs]
-        check(self._library, self._library.halo_session_run(self._open(), count, *pointers, flags, *logits, *ids))
+        check(
+            self._library,
+            self._library.halo_session_run(self._open(), count, *pointers, flags, *logits, *ids),
+        )
 
     def _open(self) -> ctypes.c_void_p:
         if not self._handle:

@@ -1,8 +1,8 @@
 """What a ternary model is: its shape and its tensors. Not how it is stored, nor how it is run.
 
 The architecture is BitNet b1.58 (transformers `models/bitnet`): RMSNorm, grouped-query attention with
-rotate-half RoPE, a sub-norm before the output and down projections, a squared-ReLU gated FFN, a tied embedding.
-Standard library only; the arrays are NumPy's, named here for the type checker alone.
+rotate-half RoPE, a sub-norm before the output and down projections, a squared-ReLU gated FFN, a tied
+embedding. Standard library only; the arrays are NumPy's, named here for the type checker alone.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ModelConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise HaloError(
-                f"The model says {self.num_heads} heads over {self.num_kv_heads} KV heads, which does not divide.",
+                f"The model says {self.num_heads} heads over {self.num_kv_heads} KV heads: no whole groups.",
                 hint=_HINT,
             )
         if not self.tie_embeddings:

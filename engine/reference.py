@@ -2,13 +2,15 @@
 
 Two kinds of arithmetic, both defined to the last bit, so that a native backend can be compared with `==`:
 
-Integers. A ternary projection quantises its input per token, s = 127 / max(max|x|, 1e-5), q = round_half_even(x * s)
-in float32, and sums weight * q exactly; then y = float32(sum) * row_scale / s. The sums are made here by a float32
-(or float64) matrix product of small integers, which is exact in any order while they stay below 2^24 (2^53).
+Integers. A ternary projection quantises its input per token, s = 127 / max(max|x|, 1e-5), q =
+round_half_even(x * s) in float32, and sums weight * q exactly; then y = float32(sum) * row_scale / s. The
+sums are made here by a float32 (or float64) matrix product of small integers, which is exact in any order
+while they stay below 2^24 (2^53).
 
-Floats. A sum of products runs through 16 virtual lanes: element i goes to lane i % 16 by a fused multiply-add in
-float32, in rising i; the lanes are added as a tree, l with l+8, l+4, l+2, l+1. A weighted sum of values runs over
-positions in rising order by fused multiply-add. All else is one float32 operation an element, as it is written.
+Floats. A sum of products runs through 16 virtual lanes: element i goes to lane i % 16 by a fused
+multiply-add in float32, in rising i; the lanes are added as a tree, l with l+8, l+4, l+2, l+1. A weighted
+sum of values runs over positions in rising order by fused multiply-add. All else is one float32 operation
+an element, as it is written.
 """
 
 from __future__ import annotations
@@ -38,15 +40,18 @@ _BELOW_FLOAT: Final = np.int64((1 << 29) - 1)
 def fma(a: F32 | F64, b: F32 | F64, c: F32) -> F32:
     """float32(a * b + c), rounded once; a and b hold float32 values (float64 arrays are taken as they are).
 
-    The product of two float32 is exact in float64. Their sum with c is rounded to 53 bits, and rounding that again
-    to 24 goes wrong only where it fell exactly half-way between two floats; there the lost part decides.
+    The product of two float32 is exact in float64. Their sum with c is rounded to 53 bits, and rounding
+    that again to 24 goes wrong only where it fell exactly half-way between two floats; there the lost part
+    decides.
     """
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
     half_way = (total.view(np.int64) & _BELOW_FLOAT) == _HALF_ULP
     if half_way.any():
         addend = np.broadcast_to(np.asarray(c, dtype=np.float64), total.shape)[half_way]
-        total[half_way] = _off_half_way(np.broadcast_to(product, total.shape)[half_way], addend, total[half_way])
+        total[half_way] = _off_half_way(
+            np.broadcast_to(product, total.shape)[half_way], addend, total[half_way]
+        )
     return total.astype(np.float32)
 
 
@@ -87,7 +92,8 @@ def rmsnorm(x: F32, weight: F32, eps: float) -> F32:
     """x * (1 / sqrt(mean(x^2) + eps)) * weight over the last axis."""
     mean = dot(x, x) / np.float32(x.shape[-1])
     inverse = np.float32(1) / np.sqrt(mean + np.float32(eps))
-    return x * inverse[..., None] * weight
+    result: F32 = x * inverse[..., None] * weight
+    return result
 
 
 def quantize(x: F32) -> tuple[F32, F32]:
@@ -132,7 +138,8 @@ class _Projection:
 
     def __call__(self, q: F32, scale: F32) -> F32:
         sums = (q.astype(self.weights.dtype) @ self.weights.T).astype(np.float32)
-        return sums * self.scales / scale[:, None]
+        result: F32 = sums * self.scales / scale[:, None]
+        return result
 
 
 class _Layer:
@@ -144,7 +151,7 @@ class _Layer:
 
 @dataclass
 class Cache:
-    """Keys (rotated) and values of the tokens so far: float32 [layers, kv_heads, max_seq_len, head_dim] each."""
+    """Keys (rotated) and values so far: float32 [layers, kv_heads, max_seq_len, head_dim] each."""
 
     keys: F32
     values: F32
@@ -170,7 +177,7 @@ class Reference:
         return Cache(np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32))
 
     def forward(self, tokens: Sequence[int], cache: Cache) -> F32:
-        """Run `tokens` after what the cache holds; logits float32 [len(tokens), vocab], and the cache grows."""
+        """Run `tokens` after what the cache holds, which grows; logits float32 [len(tokens), vocab]."""
         return self._logits(self._hidden(tokens, cache))
 
     def greedy(self, prompt_ids: Sequence[int], n: int) -> list[int]:
@@ -196,10 +203,14 @@ class Reference:
         c = self.config
         end = cache.length + len(tokens)
         if not tokens or min(tokens) < 0 or max(tokens) >= c.vocab_size:
-            raise HaloError("The tokens to run are none, or outside the vocabulary.", hint="check the tokenizer")
+            raise HaloError(
+                "The tokens to run are none, or outside the vocabulary.", hint="check the tokenizer"
+            )
         if end > c.max_seq_len:
-            raise HaloError(f"{end} tokens do not fit the context of {c.max_seq_len}.", hint="use a shorter prompt")
-        x = self.embedding[np.asarray(tokens)]
+            raise HaloError(
+                f"{end} tokens do not fit the context of {c.max_seq_len}.", hint="use a shorter prompt"
+            )
+        x: F32 = self.embedding[np.asarray(tokens)]
         positions = np.arange(cache.length, end)
         for index, layer in enumerate(self.layers):
             x = x + self._attention(layer, index, x, positions, cache)
@@ -207,7 +218,9 @@ class Reference:
         cache.length = end
         return x
 
-    def _attention(self, layer: _Layer, index: int, x: F32, positions: NDArray[np.int64], cache: Cache) -> F32:
+    def _attention(
+        self, layer: _Layer, index: int, x: F32, positions: NDArray[np.int64], cache: Cache
+    ) -> F32:
         c, n = self.config, len(x)
         quantized = quantize(rmsnorm(x, layer.norms.input_norm, c.rms_norm_eps))
         q = self._rotate(layer.q(*quantized).reshape(n, c.num_heads, c.head_dim), positions)
@@ -216,12 +229,14 @@ class Reference:
         cache.values[index][:, positions] = layer.v(*quantized).reshape(k.shape).transpose(1, 0, 2)
         group = c.num_heads // c.num_kv_heads
         heads = q.reshape(n, c.num_kv_heads, group, c.head_dim)
-        rows = [self._attend(heads[t], index, int(position) + 1, cache) for t, position in enumerate(positions)]
+        rows = [
+            self._attend(heads[t], index, int(position) + 1, cache) for t, position in enumerate(positions)
+        ]
         attended = rmsnorm(np.stack(rows).reshape(n, -1), layer.norms.attn_sub_norm, c.rms_norm_eps)
         return layer.o(*quantize(attended))
 
     def _attend(self, q: F32, index: int, length: int, cache: Cache) -> F32:
-        """One token's attention, q [kv_heads, group, head_dim], over the first `length` positions of the cache."""
+        """One token's attention, q [kv_heads, group, head_dim], over `length` positions of the cache."""
         scale = np.float32(1.0 / np.sqrt(np.float64(self.config.head_dim)))
         keys, values = cache.keys[index][:, None, :length], cache.values[index][:, None, :length]
         weights, total = softmax_weights(dot(q[:, :, None], keys) * scale)

@@ -1,9 +1,10 @@
 """Read and write `.h1b` models, versions 1 and 2. Not for running them: see `engine.formats.prepared`.
 
-The layout is sequential and little-endian, with no alignment and no checksum: a 44-byte header (version 1) or a
-52-byte one (version 2 adds rope_theta and rms_norm_eps), the float32 embedding, the final norm, then the layers.
-Of each layer's sub-norms the format holds copies that a reader has no use for (attn_sub_norm four times, two
-cuttings of ffn_sub_norm); they must agree, since where they do not, the layout has been misread.
+The layout is sequential and little-endian, with no alignment and no checksum: a 44-byte header (version 1)
+or a 52-byte one (version 2 adds rope_theta and rms_norm_eps), the float32 embedding, the final norm, then
+the layers. Of each layer's sub-norms the format holds copies that a reader has no use for (attn_sub_norm
+four times, two cuttings of ffn_sub_norm); they must agree, since where they do not, the layout has been
+misread.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from engine.model import Layer, Model, ModelConfig, Ternary
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Layer", "Model", "ModelConfig", "Ternary", "h1b_bytes", "pack_codes", "read_h1b", "unpack_codes", "write_h1b"]
+__all__ = [
+    "Layer",
+    "Model",
+    "ModelConfig",
+    "Ternary",
+    "h1b_bytes",
+    "pack_codes",
+    "read_h1b",
+    "unpack_codes",
+    "write_h1b",
+]
 
 MAGIC: Final = b"H1B\0"
 _HEADER: Final = struct.Struct("<4s10i")
@@ -68,8 +79,8 @@ def unpack_codes(matrix: Ternary) -> NDArray[np.uint8]:
 def read_h1b(path: Path) -> Model:
     """Read a version 1 or 2 file; its large arrays are views of the mapped file.
 
-    Raises HaloError for a wrong magic, another version or flag, an impossible shape, a size that is not exactly
-    what the header asks for, an unused weight code, or a number that is not finite.
+    Raises HaloError for a wrong magic, another version or flag, an impossible shape, a size that is not
+    exactly what the header asks for, an unused weight code, or a number that is not finite.
     """
     path = Path(path)
     try:
@@ -77,12 +88,16 @@ def read_h1b(path: Path) -> Model:
         with path.open("rb") as file:
             head = file.read(_HEADER.size + _TAIL.size)
     except OSError as error:
-        raise HaloError(f"The model {path} cannot be read: {error.strerror}.", hint=f"ls -l {path}") from error
+        raise HaloError(
+            f"The model {path} cannot be read: {error.strerror}.", hint=f"ls -l {path}"
+        ) from error
     config, version = _parse_header(path, head)
     expected = h1b_bytes(config, version)
     if size != expected:
         what = "cut short" if size < expected else "too long"
-        raise HaloError(f"The model {path} is {what}: {size} bytes, and its header asks for {expected}.", hint=_FETCH)
+        raise HaloError(
+            f"The model {path} is {what}: {size} bytes, and its header asks for {expected}.", hint=_FETCH
+        )
     data = np.memmap(path, dtype=np.uint8, mode="r")
     offset = _HEADER.size + (_TAIL.size if version >= 2 else 0)
     return _Reader(path, data, offset).model(config)
@@ -138,7 +153,9 @@ class _Reader:
         if not values.flags.aligned:
             values = values.copy()
         if not np.isfinite(values).all():
-            raise HaloError(f"The model {self.path} holds a number that is not finite in {name}.", hint=_FETCH)
+            raise HaloError(
+                f"The model {self.path} holds a number that is not finite in {name}.", hint=_FETCH
+            )
         return values
 
     def ternary(self, name: str, rows: int, cols: int) -> Ternary:
@@ -180,7 +197,7 @@ def _cutting(values: NDArray[np.float32], length: int) -> NDArray[np.float32]:
 
 
 def write_h1b(path: Path, model: Model, version: int = 2) -> None:
-    """Write a model as `.h1b` version 2 (or 1), atomically. Raises HaloError if a tensor has the wrong shape."""
+    """Write a model as `.h1b` version 2 (or 1), atomically. HaloError if a tensor has the wrong shape."""
     path, config = Path(path), model.config
     config.validate()
     _check_shapes(model)
@@ -229,7 +246,10 @@ def _write_floats(file: BinaryIO, *arrays: NDArray[np.float32]) -> None:
 def _check_shapes(model: Model) -> None:
     """Raise HaloError unless every tensor of `model` has the shape that its config asks for."""
     c = model.config
-    shapes = [("embedding", model.embedding, (c.vocab_size, c.hidden_size)), ("final_norm", model.final_norm, (c.hidden_size,))]
+    shapes: list[tuple[str, NDArray[np.generic], tuple[int, ...]]] = [
+        ("embedding", model.embedding, (c.vocab_size, c.hidden_size)),
+        ("final_norm", model.final_norm, (c.hidden_size,)),
+    ]
     for index, layer in enumerate(model.layers):
         name = f"layers.{index}"
         for norm in ("input_norm", "post_attn_norm", "attn_sub_norm"):

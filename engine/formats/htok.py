@@ -1,8 +1,9 @@
 """Read and write `.htok` tokenizer files, versions 1 and 2. Not an encoder: see `engine.tokenizer`.
 
-Version 1 is "HTOK", vocabulary size, merges, bos, eos; version 2 has a version word after the magic and a list of
-special ids at the end. Version 1 has no version word, so the two are told apart by which of them the whole file
-fits, to its last byte. Tokens are stored in GPT-2's byte-to-letter mapping, and held here as real bytes.
+Version 1 is "HTOK", vocabulary size, merges, bos, eos; version 2 has a version word after the magic and a
+list of special ids at the end. Version 1 has no version word, so the two are told apart by which of them
+the whole file fits, to its last byte. Tokens are stored in GPT-2's byte-to-letter mapping, and held here as
+real bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _SPECIAL_TEXT: Final = re.compile(rb"<\|[^|]*\|>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-pair vocabulary: tokens (real bytes) in id order, merges (left, right, merged ids) in rank order.
+    """A byte-pair vocabulary: tokens (real bytes) in id order, merges (left, right, merged ids) in rank
+    order.
 
     An empty token is an unused id. `special` lists the ids that no text may encode to, in rising order.
     """
@@ -66,7 +68,9 @@ def read_htok(path: Path) -> Vocabulary:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise HaloError(f"The tokenizer {path} cannot be read: {error.strerror}.", hint=f"ls -l {path}") from error
+        raise HaloError(
+            f"The tokenizer {path} cannot be read: {error.strerror}.", hint=f"ls -l {path}"
+        ) from error
     if data[:4] != MAGIC:
         raise HaloError(f"{path} is no .htok tokenizer: its first bytes are not 'HTOK'.", hint=_FETCH)
     says_two = data[4:8] == struct.pack("<I", 2)
@@ -131,7 +135,7 @@ def _special_count(cursor: _Cursor, size: int) -> int:
 
 
 def _guess_special(tokens: list[bytes]) -> list[int]:
-    """Version 1 does not list its special ids: LLaMA-3's are its last 256, others are those written <|...|>."""
+    """Version 1 does not list its special ids: LLaMA-3's are its last 256, others those written <|...|>."""
     if len(tokens) == _LLAMA3_VOCAB:
         return list(range(_LLAMA3_FIRST_SPECIAL, _LLAMA3_VOCAB))
     return [index for index, token in enumerate(tokens) if _SPECIAL_TEXT.fullmatch(token)]
@@ -142,7 +146,9 @@ def _problem(vocabulary: Vocabulary) -> str:
     tokens, size = vocabulary.tokens, len(vocabulary.tokens)
     if vocabulary.bos >= size or vocabulary.eos >= size:
         return f"bos {vocabulary.bos} or eos {vocabulary.eos} is outside its {size} tokens"
-    if any(index >= size for index in vocabulary.special) or len(set(vocabulary.special)) != len(vocabulary.special):
+    if any(index >= size for index in vocabulary.special) or len(set(vocabulary.special)) != len(
+        vocabulary.special
+    ):
         return "a special id is outside the vocabulary or listed twice"
     for rank, (left, right, merged) in enumerate(vocabulary.merges):
         if max(left, right, merged) >= size:
@@ -184,9 +190,13 @@ def _encode(vocabulary: Vocabulary, version: int) -> bytes:
     for token in vocabulary.tokens:
         text = "".join(LETTER_OF[value] for value in token).encode()
         if len(text) > 0xFFFF:
-            raise HaloError(f"A token of {len(text)} bytes is too long for .htok.", hint="check what built it")
+            raise HaloError(
+                f"A token of {len(text)} bytes is too long for .htok.", hint="check what built it"
+            )
         parts += [struct.pack("<H", len(text)), text]
     parts += [struct.pack("<3I", *merge) for merge in vocabulary.merges]
     if version == 2:
-        parts.append(struct.pack(f"<I{len(vocabulary.special)}I", len(vocabulary.special), *vocabulary.special))
+        parts.append(
+            struct.pack(f"<I{len(vocabulary.special)}I", len(vocabulary.special), *vocabulary.special)
+        )
     return b"".join(parts)

@@ -1,8 +1,9 @@
-"""Write and check prepared models (`model.halo`): what the native engine maps at start. Not an exchange format.
+"""Write and check prepared models (`model.halo`), which the native engine maps at start. No exchange format.
 
-Layout, little-endian. Page 0: the header (`_HEADER`) and zeros. From byte 4096: the directory, one 128-byte entry
-(`_ENTRY`) a tensor. Then the tensors, each on a 4 KiB boundary, in the fixed order of `_tensors`; the file ends
-with the last of them, filled up to a whole page. `engine/native/cpu/model.cpp` checks the same things at open.
+Layout, little-endian. Page 0: the header (`_HEADER`) and zeros. From byte 4096: the directory, one 128-byte
+entry (`_ENTRY`) a tensor. Then the tensors, each on a 4 KiB boundary, in the fixed order of `_tensors`; the
+file ends with the last of them, filled up to a whole page. `engine/native/cpu/model.cpp` checks the same
+things at open.
 
 A ternary row of `cols` weights is stored as B = 16 * ceil(cols / 64) bytes: weight j lies in byte j % B, bits
 2 * (j / B) and up, as code 0, 1 or 2. So the bytes of one bit pair are consecutive weights, and a load of any
@@ -44,7 +45,7 @@ _AGAIN: Final = "prepare the model again: halo install"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a prepared file. `offset`, `size` and `row_bytes` are in bytes; `rows` and `cols` in elements."""
+    """One tensor of a prepared file: `offset`, `size`, `row_bytes` in bytes, `rows`, `cols` in elements."""
 
     name: str
     dtype: int
@@ -64,8 +65,8 @@ def is_bf16(values: NDArray[np.float32]) -> bool:
 def rope_tables(config: ModelConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines, float32 [max_seq_len, head_dim/2], of position * theta^(-2i/head_dim).
 
-    Made in float64 and rounded once. They travel in the prepared file, since two C libraries may round a cosine
-    differently, and the same file shall give the same bytes everywhere.
+    Made in float64 and rounded once. They travel in the prepared file, since two C libraries may round a
+    cosine differently, and the same file shall give the same bytes everywhere.
     """
     half = config.head_dim // 2
     frequency = np.float64(config.rope_theta) ** (-np.arange(half, dtype=np.float64) / half)
@@ -80,7 +81,8 @@ def ternary_planes(matrix: Ternary) -> NDArray[np.uint8]:
     padded = np.zeros((codes.shape[0], 4 * row_bytes), dtype=np.uint8)
     padded[:, : matrix.cols] = codes
     planes = padded.reshape(-1, 4, row_bytes)
-    packed: NDArray[np.uint8] = planes[:, 0] | planes[:, 1] << 2 | planes[:, 2] << 4 | planes[:, 3] << 6
+    shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(planes << shifts, axis=1)
     return packed
 
 
@@ -152,7 +154,9 @@ def prepare(model: Model, path: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> HaloError:
-    return HaloError(f"The prepared model {path} cannot be written: {error.strerror}.", hint=f"df -h {path.parent}")
+    return HaloError(
+        f"The prepared model {path} cannot be written: {error.strerror}.", hint=f"df -h {path.parent}"
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -202,7 +206,9 @@ def read_directory(path: Path) -> tuple[ModelConfig, list[Entry]]:
             config, count, crc = _parse_header(path, head, size)
             directory = file.read(count * _ENTRY.size)
     except OSError as error:
-        raise HaloError(f"The prepared model {path} cannot be read: {error.strerror}.", hint=_AGAIN) from error
+        raise HaloError(
+            f"The prepared model {path} cannot be read: {error.strerror}.", hint=_AGAIN
+        ) from error
     if len(directory) != count * _ENTRY.size or zlib.crc32(directory) != crc:
         raise HaloError(f"The directory of the prepared model {path} is damaged.", hint=_AGAIN)
     entries = []
@@ -220,16 +226,23 @@ def _parse_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int,
     fields = _HEADER.unpack_from(head)
     _, version, count, file_bytes, _, directory_crc, _ = fields[:7]
     if version != VERSION:
-        raise HaloError(f"{path} is a prepared model of version {version}; this halo has {VERSION}.", hint=_AGAIN)
+        raise HaloError(
+            f"{path} is a prepared model of version {version}; this halo has {VERSION}.", hint=_AGAIN
+        )
     (crc,) = struct.unpack_from("<I", head, _HEADER.size)
     if crc != zlib.crc32(head[: _HEADER.size]):
         raise HaloError(f"The header of the prepared model {path} is damaged.", hint=_AGAIN)
     if file_bytes != size:
-        raise HaloError(f"The prepared model {path} has {size} bytes; its header says {file_bytes}.", hint=_AGAIN)
-    config = ModelConfig(*fields[7:14], bool(fields[14]), *fields[15:17])
+        raise HaloError(
+            f"The prepared model {path} has {size} bytes; its header says {file_bytes}.", hint=_AGAIN
+        )
+    hidden, inter, layers, heads, kv_heads, vocab, context, tie, theta, eps = fields[7:]
+    config = ModelConfig(hidden, inter, layers, heads, kv_heads, vocab, context, bool(tie), theta, eps)
     config.validate()
     if count != _tensor_count(config):
-        raise HaloError(f"The prepared model {path} has {count} tensors, not what its shape asks for.", hint=_AGAIN)
+        raise HaloError(
+            f"The prepared model {path} has {count} tensors, not what its shape asks for.", hint=_AGAIN
+        )
     return config, count, directory_crc
 
 

@@ -18,12 +18,21 @@ from engine.model import Layer, Model, ModelConfig, Ternary
 
 NATIVE = Path(__file__).parents[2] / "engine" / "native"
 
-# Odd on purpose: sizes that are no multiple of 16, of 64, or of 4; MHA, GQA and one KV head; a tiny vocabulary.
+# Odd on purpose: sizes that are no multiple of 16, of 64, or of 4; MHA, GQA and one KV head; a tiny
+# vocabulary.
 SHAPES: dict[str, dict[str, int]] = {
-    "plain": dict(hidden_size=64, intermediate_size=192, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=300),
-    "odd": dict(hidden_size=90, intermediate_size=211, num_layers=2, num_heads=5, num_kv_heads=1, vocab_size=97),
-    "wide": dict(hidden_size=256, intermediate_size=680, num_layers=3, num_heads=2, num_kv_heads=2, vocab_size=515),
-    "least": dict(hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1, vocab_size=3),
+    "plain": dict(
+        hidden_size=64, intermediate_size=192, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=300
+    ),
+    "odd": dict(
+        hidden_size=90, intermediate_size=211, num_layers=2, num_heads=5, num_kv_heads=1, vocab_size=97
+    ),
+    "wide": dict(
+        hidden_size=256, intermediate_size=680, num_layers=3, num_heads=2, num_kv_heads=2, vocab_size=515
+    ),
+    "least": dict(
+        hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1, vocab_size=3
+    ),
 }
 
 
@@ -35,7 +44,9 @@ def random_ternary(rng: np.random.Generator, rows: int, cols: int) -> Ternary:
 
 def random_model(shape: str = "plain", seed: int = 0, bf16: bool = True, max_seq_len: int = 64) -> Model:
     rng = np.random.default_rng(seed)
-    config = ModelConfig(**SHAPES[shape], max_seq_len=max_seq_len, tie_embeddings=True, rope_theta=10000.0, rms_norm_eps=1e-5)
+    config = ModelConfig(
+        **SHAPES[shape], max_seq_len=max_seq_len, tie_embeddings=True, rope_theta=10000.0, rms_norm_eps=1e-5
+    )
     hidden = config.hidden_size
 
     def norm(n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -59,7 +70,7 @@ def tiny_model() -> Callable[..., Model]:
 
 @pytest.fixture(scope="session")
 def native_library(request: pytest.FixtureRequest) -> Path:
-    """libhalo_cpu.so built from this checkout, kept in $HALO_TEST_BUILD or the pytest cache by the sources' hash."""
+    """libhalo_cpu.so of this checkout, built once, kept in $HALO_TEST_BUILD or the pytest cache."""
     sources = sorted(path for path in NATIVE.rglob("*") if path.is_file())
     digest = hashlib.sha256(b"".join(str(p.relative_to(NATIVE)).encode() + p.read_bytes() for p in sources))
     cache = request.config.cache
