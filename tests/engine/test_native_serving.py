@@ -27,6 +27,7 @@ from engine.generate import Engine
 from engine.model import Model
 from engine.reference import Reference
 from engine.sampling import SamplingParams
+from engine.tokenizer import Tokenizer
 from tests.engine.server_fixtures import free_port, train_vocabulary, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -181,17 +182,23 @@ def demo(tmp_path_factory):
 
 
 def test_the_demo_model_decodes_its_golden_tokens_over_http(demo, native_library):
+    """As the doctor and the installer ask: by text (a prompt or a question) and by token ids."""
     golden = json.loads((demo / "model.json").read_text())["golden"]
+    tokenizer = Tokenizer.from_htok(demo / "tokenizer.htok")
     assert golden
     with served(demo, native_library) as url:
         for each in golden:
-            body = {"temperature": 0, "max_tokens": len(each["ids"]), "return_token_ids": True}
-            by_text, by_ids = (
-                httpx.post(f"{url}/v1/completions", json={**body, "prompt": each[key]}, timeout=120).json()
-                for key in ("prompt", "prompt_ids")
-            )
-            assert by_text["choices"][0]["token_ids"] == each["ids"]
-            assert by_ids["choices"][0]["token_ids"] == each["ids"]
+            if each["prompt_ids"] == [tokenizer.bos, *tokenizer.encode(each["prompt"])]:
+                path, by_text = "completions", {"prompt": each["prompt"]}
+            else:
+                path, by_text = (
+                    "chat/completions",
+                    {"messages": [{"role": "user", "content": each["prompt"]}]},
+                )
+            for where, asked in ((path, by_text), ("completions", {"prompt": each["prompt_ids"]})):
+                body = {"temperature": 0, "max_tokens": len(each["ids"]), "return_token_ids": True, **asked}
+                answer = httpx.post(f"{url}/v1/{where}", json=body, timeout=120).json()
+                assert answer["choices"][0]["token_ids"] == each["ids"], each["prompt"]
 
 
 def test_the_demo_model_answers_a_question_and_ends_its_turn(demo, native_library):
@@ -203,8 +210,6 @@ def test_the_demo_model_answers_a_question_and_ends_its_turn(demo, native_librar
 
 
 def test_the_demo_tokenizer_gives_any_text_back(demo):
-    from engine.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.from_htok(demo / "tokenizer.htok")
     text = (ROOT / "docs" / "architecture.md").read_text(
         "utf-8"
