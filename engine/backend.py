@@ -252,7 +252,7 @@ class Session:
         return [int(index) for index in ids]
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> NDArray[np.float32]:
-        """Run `tokens` of one slot at positions start, start+1, ...; the last one's logits, float32 [vocab]."""
+        """Run `tokens` of one slot at positions start, start+1, ...; the logits of the last, [vocab]."""
         if not tokens:
             raise HaloError("There is nothing to prefill.", hint="begin with the model's bos token")
         count = len(tokens)

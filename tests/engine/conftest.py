@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,17 @@ def native_library(request: pytest.FixtureRequest) -> Path:
     cache = request.config.cache
     assert cache is not None
     root = Path(os.environ.get("HALO_TEST_BUILD") or cache.mkdir("halo-native"))
-    build = root / digest.hexdigest()[:16]
-    library = build / "libhalo_cpu.so"
+    folder = root / digest.hexdigest()[:16]
+    library = folder / "libhalo_cpu.so"
     if not library.exists():
-        configure = ["cmake", "-S", str(NATIVE), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
-        for command in (configure, ["cmake", "--build", str(build), "-j", "2"]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Built aside and moved in: another test run may be building the same sources.
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            configure = ["cmake", "-S", str(NATIVE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
+            for command in (configure, ["cmake", "--build", build, "-j", "2"]):
+                done = subprocess.run(command, capture_output=True, text=True)
+                assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+            (Path(build) / library.name).replace(library)
     return library
 
 

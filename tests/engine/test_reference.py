@@ -92,7 +92,7 @@ def weights(matrix: Ternary) -> Any:
 
 
 class Textbook:
-    """BitNet b1.58 as its authors' code has it: fake quantisation, here in float64, and one head at a time."""
+    """BitNet b1.58 as its authors' code has it: fake quantisation, in float64, one head at a time."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.c = model, model.config
@@ -160,7 +160,7 @@ def test_the_oracle_is_the_textbook_model(tiny_model: Callable[..., Model], shap
 
 
 def test_the_oracle_is_transformers_bitnet(tiny_model: Callable[..., Model]) -> None:
-    """The authors' own graph in float32, with our weights, and the fake quantisation hooked in from outside."""
+    """The authors' own graph in float32, with our weights; the fake quantisation is hooked in."""
     torch = pytest.importorskip(
         "torch", reason="torch is not installed: the comparison with transformers is left out"
     )
