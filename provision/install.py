@@ -22,7 +22,7 @@ from provision.context import Action, Context
 from provision.desired import PROFILES, load_desired, parse_listen
 from provision.files import remove_if_empty, remove_tree
 from provision.journal import Journal, locked, recover
-from provision.layout import Layout, resolve_layout
+from provision.layout import Layout, places, resolve_layout
 from provision.render import CROSS, TICK, WARN, Screen
 from provision.run import Log
 from provision.steps import activate, engine, model, packages, preflight, units, verify
@@ -97,10 +97,8 @@ def make_context(args: Namespace) -> Context:
 def own_prefix(generation: Path, scope: str | None) -> Path | None:
     """The prefix of the generation that runs, or None when that is the scope's default anyway."""
     prefix = generation.parent.parent
-    with contextlib.suppress(HaloError):
-        if resolve_layout("system" if scope == "system" else "user", None).prefix == prefix:
-            return None
-    return prefix
+    standard = places("system" if scope == "system" else "user", None).prefix
+    return None if standard == prefix else prefix
 
 
 def run_plan(ctx: Context, *, as_json: bool = False) -> int:

@@ -15,13 +15,14 @@ HOME_ROOTS: Final = (Path("/root"), Path("/home"), Path("/run/user"))
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of one installation."""
+    """The places of one installation; `standard` unless the owner moved them with --prefix."""
 
     scope: Scope
     prefix: Path
     state: Path
     unit_dir: Path
     launcher: Path
+    standard: bool = True
 
     @property
     def generations(self) -> Path:
@@ -113,16 +114,21 @@ def resolve_layout(scope: Scope | None, prefix: Path | None) -> Layout:
             "A system install needs root.",
             hint="sudo python3 install.py --scope system, or --scope user without root",
         )
+    return places(chosen, prefix)
+
+
+def places(scope: Scope, prefix: Path | None) -> Layout:
+    """The places for `scope` and an optional `prefix`, for anyone to look at."""
+    standard = prefix is None
     if prefix is not None:
-        prefix = Path(os.path.abspath(prefix.expanduser()))  # noqa: PTH100  # links in the prefix are the owner's
-    if chosen == "system":
+        prefix = Path(os.path.abspath(prefix.expanduser()))  # noqa: PTH100  # links in it are the owner's
+    if scope == "system":
         base = prefix or Path("/opt/halo")
         state = base / "state" if prefix else Path("/var/lib/halo")
-        return Layout("system", base, state, Path("/etc/systemd/system"), Path("/usr/local/bin/halo"))
+        return Layout(scope, base, state, Path("/etc/systemd/system"), Path("/usr/local/bin/halo"), standard)
     base = prefix or data_home() / "halo"
-    return Layout(
-        "user", base, base / "state", config_home() / "systemd/user", Path.home() / ".local/bin/halo"
-    )
+    units, launcher = config_home() / "systemd/user", Path.home() / ".local/bin/halo"
+    return Layout(scope, base, base / "state", units, launcher, standard)
 
 
 def in_a_home(path: Path) -> bool:

@@ -13,7 +13,7 @@ from provision import endpoint, generations
 from provision.desired import load_desired
 from provision.install import configure_install, make_context, own_prefix
 from provision.install import run_plan as print_plan
-from provision.layout import Layout, resolve_layout
+from provision.layout import Layout, default_scope, places
 from provision.render import print_table
 
 
@@ -53,11 +53,7 @@ def report_layout(args: Namespace) -> Layout:
     if prefix is None and home:
         scope = scope or (generations.read_manifest(Path(home)) or {}).get("scope")
         prefix = own_prefix(Path(home), scope)
-    if scope == "system" and os.geteuid() != 0:
-        base = prefix or Path("/opt/halo")
-        state = base / "state" if prefix else Path("/var/lib/halo")
-        return Layout("system", base, state, Path("/etc/systemd/system"), Path("/usr/local/bin/halo"))
-    return resolve_layout(scope, prefix)
+    return places(scope or default_scope(), prefix)
 
 
 def describe(layout: Layout) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import getpass
 from pathlib import Path
 
 from engine.errors import HaloError
-from provision import generations, services
+from provision import endpoint, generations, services
 from provision.context import Action, Context
 from provision.files import atomic_symlink
 from units.render import SERVICE, SOCKET
@@ -32,7 +32,8 @@ def plan(ctx: Context) -> list[Action]:
         actions.append(
             Action(f"link the units into {ctx.layout.unit_dir}, also for boot", "they are not there")
         )
-    if live != ctx.name or not services.is_active(ctx.layout.scope, SERVICE):
+    answer = endpoint.health(ctx.desired.listen) if live == ctx.name else None
+    if answer is None or answer["generation"] != ctx.name:
         actions.append(Action(f"restart {SERVICE}", "it does not run this generation"))
     if ctx.layout.scope == "user" and not services.lingers():
         actions.append(
@@ -89,7 +90,8 @@ def _link(ctx: Context, path: Path, target: str) -> None:
     before = str(path.readlink()) if path.is_symlink() else None
     if before == target:
         return
-    if path.exists() and (before is None or before.endswith("/current/bin/halo")):
+    others = before is not None and before.endswith("/current/bin/halo") and not ctx.layout.standard
+    if path.exists() and (before is None or others):
         owner = before.removesuffix("/current/bin/halo") if before else "somebody else"
         ctx.warn(f"{path} belongs to {owner}, so it is left alone.", f"use {ctx.layout.current}/bin/halo")
         return
@@ -113,9 +115,13 @@ def start(ctx: Context, before: str | None, started: list[list[services.Operatio
     layout = ctx.layout
     links = services.link_operations(layout)
     switched = before != ctx.name
-    if not links and not switched and services.is_active(layout.scope, SERVICE):
+    # What answers is asked, not what the links say: a killed run may have switched and not restarted.
+    answer = endpoint.health(ctx.desired.listen) if before is not None else None
+    if not links and not switched and answer is not None and answer["generation"] == ctx.name:
         return
-    socket_changed = before is not None and _unit_text(ctx, before) != _unit_text(ctx, ctx.name)
+    socket_changed = before is not None and (
+        answer is None or _unit_text(ctx, before) != _unit_text(ctx, ctx.name)
+    )
     back = services.start_operations(layout, socket_changed=socket_changed)
     with ctx.change("activate", "have systemd run the generation"):
         if switched or links:
