@@ -195,6 +195,8 @@ class Host:
         self.power_cut()
         self.link.close()
         shutil.rmtree(self.home, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.home.parent.rmdir()  # the last host's
 
 
 def _children(pid: int) -> list[int]:
@@ -222,7 +224,7 @@ def launch(bridge: Bridge, root: Path, *, online: bool = False, users: Sequence[
     reaches them: pip's configuration, certificates and proxies are the machine's, with kept caches.
     `users` are made with a home directory, the test key and no rights.
     """
-    home = machine.cache() / "hosts" / f"{os.getpid()}-{bridge.joined + 1}"
+    home = machine.disks() / f"{os.getpid()}-{bridge.joined + 1}"
     if home.exists():
         shutil.rmtree(home)
     link = bridge.join()
@@ -268,8 +270,8 @@ def _registry_access(disk: Path) -> tuple[Bind, ...]:
 
 def sweep() -> None:
     """Remove the disks, control groups and networks of hosts whose test process no longer lives."""
-    folder = machine.cache() / "hosts"
-    for home in folder.iterdir() if folder.is_dir() else ():
+    folders = {machine.disks(), machine.cache() / "hosts"}
+    for home in (home for folder in folders if folder.is_dir() for home in folder.iterdir()):
         if not Path(f"/proc/{home.name.split('-')[0]}").exists():
             shutil.rmtree(home, ignore_errors=True)
     for parent in machine.cgroup_parents():

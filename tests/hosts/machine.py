@@ -35,6 +35,20 @@ def cache() -> Path:
     return path
 
 
+def disks() -> Path:
+    """The directory for what hosts write: in memory where there is plenty of it, else beside the base roots.
+
+    A power cut of a host leaves either as it was; in memory the many small files of an install
+    are made and removed without a disk.
+    """
+    memory = Path("/dev/shm")
+    available = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    plenty = available is not None and int(available[1]) > 10 << 20
+    if plenty and memory.is_mount() and shutil.disk_usage(memory).free > 6 << 30:
+        return memory / "halo-test-hosts"
+    return cache() / "hosts"
+
+
 def apt_sources(suite: str) -> list[str]:
     """One-line apt sources of `suite`, derived from what this machine's own apt uses.
 
