@@ -14,11 +14,7 @@
 extern "C" {
 #endif
 
-#if defined(_WIN32)
-#define HALO_API __declspec(dllexport)
-#else
 #define HALO_API __attribute__((visibility("default")))
-#endif
 
 #define HALO_ABI_VERSION 1u
 
