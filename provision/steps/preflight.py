@@ -120,6 +120,8 @@ def cured(ctx: Context, identity: str) -> bool:
     """Whether the packages step, or a pip from elsewhere, supplies what the finding says is missing."""
     if identity not in ("python.feature-missing", "python.unsupported", "system.distribution-unknown"):
         return False
+    if ctx.in_place:
+        return True  # nothing has to be made, so nothing is missing
     python = ctx.interpreter()
     pip = pip_command(python, ctx.directory / "venv", ctx.wheels)
     supplied = pip is not None or (os.geteuid() == 0 and detect_manager() is not None)
