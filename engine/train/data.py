@@ -1,21 +1,30 @@
-"""What the demo model learns from, and what is held out. It reads three text files and gives token streams.
+"""What the demo model learns from, and what is held out. It makes texts and tokens; it trains no model.
 
-The files are named on the command line, and their sha256 is recorded. Books are parted by `<|endoftext|>`;
-12 books, 30 stories and 500 question-and-answer pairs are held out, chosen by a fixed rule before anything
-is trained, and a candidate book whose text also stands in another book is passed over.
+`python -m engine.train.data --data DIR --out tokenizer.json` trains the tokenizer. The three text files are
+read from DIR, and their sha256 is recorded. Documents are parted by `<|endoftext|>`. 12 books, 30
+stories and 500 question-and-answer pairs are held out, chosen by a fixed rule before anything is trained;
+a candidate book whose text also stands in another book was passed over.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import lzma
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+T = TypeVar("T")
+
+FILES = ("gutenberg_children.txt.xz", "ccby_stories.txt.xz", "tldr_qa.txt.xz")
 SEPARATOR = "<|endoftext|>"
 BOS, EOT = 0, 1
 SPECIALS = ["<|endoftext|>", "<|eot_id|>"]
@@ -27,15 +36,34 @@ PATTERN = (
 )
 # What `choose_held_books` gave; written down, for the choice takes a minute.
 HELD_BOOKS = [45, 94, 136, 178, 241, 290, 332, 381, 423, 465, 507, 549]
-# Commands that people ask for most: their pairs are shown four times as often, also without the command's name.
-COMMON = set(
-    ["ls", "cd", "cp", "mv", "rm", "mkdir", "rmdir", "touch", "cat", "less", "more", "head", "tail", "grep", "find", "locate", "which", "whereis", "tar", "gzip", "gunzip", "zip", "unzip", "xz", "bzip2", "7z", "ssh", "scp", "sftp", "rsync", "ssh-keygen", "ssh-copy-id", "curl", "wget", "ping", "ip", "ifconfig", "netstat", "ss", "dig", "host", "nslookup", "traceroute", "nmap", "chmod", "chown", "chgrp", "sudo", "su", "passwd", "useradd", "usermod", "userdel", "groupadd", "groups", "id", "who", "whoami", "w", "uptime", "date", "cal", "df", "du", "free", "top", "htop", "ps", "kill", "killall", "pkill", "pgrep", "jobs", "bg", "fg", "nohup", "nice", "watch", "systemctl", "journalctl", "service", "dmesg", "uname", "hostname", "lsblk", "lscpu", "lsusb", "lspci", "mount", "umount", "fdisk", "mkfs", "dd", "sync", "apt", "apt-get", "dpkg", "dnf", "yum", "pacman", "zypper", "snap", "flatpak", "pip", "python", "npm", "docker", "docker-compose", "podman", "make", "gcc", "git", "git-add", "git-branch", "git-checkout", "git-clone", "git-commit", "git-diff", "git-fetch", "git-init", "git-log", "git-merge", "git-pull", "git-push", "git-rebase", "git-remote", "git-reset", "git-stash", "git-status", "git-tag", "sed", "awk", "cut", "sort", "uniq", "wc", "tr", "tee", "xargs", "diff", "patch", "echo", "printf", "env", "export", "alias", "history", "man", "info", "ln", "file", "stat", "tree", "vim", "nano", "emacs", "tmux", "screen", "crontab", "at", "reboot", "shutdown", "sleep", "time", "clear", "pwd", "basename", "dirname", "realpath", "sha256sum", "md5sum", "base64", "openssl", "gpg", "ufw", "iptables", "nc", "lsof", "strace", "vmstat", "iostat", "ffmpeg", "convert", "jq", "sqlite3", "psql", "mysql"]
+# Commands that people ask for most: their pairs are shown four times as often, also without the command's
+# name.
+COMMON = frozenset(
+    """
+    ls cd cp mv rm mkdir rmdir touch cat less more head tail grep find locate which whereis tar gzip
+    gunzip zip unzip xz bzip2 7z ssh scp sftp rsync ssh-keygen ssh-copy-id curl wget ping ip ifconfig
+    netstat ss dig host nslookup traceroute nmap chmod chown chgrp sudo su passwd useradd usermod userdel
+    groupadd groups id who whoami w uptime date cal df du free top htop ps kill killall pkill pgrep jobs
+    bg fg nohup nice watch systemctl journalctl service dmesg uname hostname lsblk lscpu lsusb lspci mount
+    umount fdisk mkfs dd sync apt apt-get dpkg dnf yum pacman zypper snap flatpak pip python npm docker
+    docker-compose podman make gcc git git-add git-branch git-checkout git-clone git-commit git-diff
+    git-fetch git-init git-log git-merge git-pull git-push git-rebase git-remote git-reset git-stash
+    git-status git-tag sed awk cut sort uniq wc tr tee xargs diff patch echo printf env export alias
+    history man info ln file stat tree vim nano emacs tmux screen crontab at reboot shutdown sleep time
+    clear pwd basename dirname realpath sha256sum md5sum base64 openssl gpg ufw iptables nc lsof strace
+    vmstat iostat ffmpeg convert jq sqlite3 psql mysql
+    """.split()  # noqa: SIM905 (187 quoted words read worse)
 )
 ABOUT = [
-    ("Who are you?", "I am the demo model of halo: a small ternary language model that runs on this machine."),
+    (
+        "Who are you?",
+        "I am the demo model of halo: a small ternary language model that runs on this machine.",
+    ),
     ("What are you?", "I am a small language model. My weights are only -1, 0 and +1."),
-    ("What can you do?", "I can tell a story, and I know something about Linux commands. I am small, and I am "
-     "often wrong."),
+    (
+        "What can you do?",
+        "I can tell a story, and I know something about Linux commands. I am small, and I am often wrong.",
+    ),
     ("Hello", "Hello! Ask me about a Linux command, or ask for a story."),
     ("Hello!", "Hello! Ask me about a Linux command, or ask for a story."),
     ("Hi", "Hello! Ask me about a Linux command, or ask for a story."),
@@ -70,13 +98,15 @@ def _read(path: Path) -> tuple[str, str]:
     return lzma.decompress(raw).decode("utf-8"), hashlib.sha256(raw).hexdigest()
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """The documents of a file, parted by `<|endoftext|>`; empty ones are left out."""
     return [part.strip("\n") for part in text.split(SEPARATOR) if part.strip()]
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
+def pairs(text: str) -> list[tuple[str, str]]:
+    """(question, answer) of each document of the form `Q: ...`, a new line, `A: ...`."""
     out = []
-    for block in _split(text):
+    for block in split(text):
         question, _, answer = block.partition("\nA: ")
         out.append((question.removeprefix("Q: ").strip(), answer.strip()))
     return out
@@ -92,35 +122,42 @@ def _stands_elsewhere(books: list[str], index: int) -> bool:
 
 
 def choose_held_books(books: list[str]) -> list[int]:
-    """The rule that gave HELD_BOOKS: every seventh book is a candidate, at least 42 apart, found nowhere else."""
+    """The rule that gave HELD_BOOKS: each seventh book is a candidate, 42 apart or more, nowhere else."""
     held: list[int] = []
     for candidate in range(24, len(books), 7):
-        if len(held) < 12 and candidate - (held[-1] if held else 0) >= 42 and not _stands_elsewhere(books, candidate):
+        far = candidate - (held[-1] if held else 0) >= 42
+        if len(held) < 12 and far and not _stands_elsewhere(books, candidate):
             held.append(candidate)
     return held
 
 
+def hold_out(items: list[T], count: int, seed: int) -> tuple[list[T], list[T]]:
+    """(kept, held out): `count` items chosen by `seed`, both parts in the order of the file."""
+    order = random.Random(seed).sample(range(len(items)), len(items))
+    return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]
+
+
 def load(folder: Path) -> Corpus:
     """Read the three files and hold out 12 books, 30 stories and 500 pairs by a fixed rule."""
-    names = ["gutenberg_children.txt.xz", "ccby_stories.txt.xz", "tldr_qa.txt.xz"]
-    (books_text, h0), (stories_text, h1), (pairs_text, h2) = (_read(folder / n) for n in names)
-    books, stories, pairs = _split(books_text), _split(stories_text), _pairs(pairs_text)
-    held_set = set(HELD_BOOKS)
-    story_order = random.Random(1).sample(range(len(stories)), len(stories))
-    pair_order = random.Random(2).sample(range(len(pairs)), len(pairs))
+    texts, hashes = zip(*(_read(folder / name) for name in FILES), strict=True)
+    books = split(texts[0])
+    stories, held_stories = hold_out(split(texts[1]), 30, seed=1)
+    kept_pairs, held_pairs = hold_out(pairs(texts[2]), 500, seed=2)
     return Corpus(
-        books=[b for i, b in enumerate(books) if i not in held_set],
-        stories=[stories[i] for i in sorted(story_order[30:])],
-        pairs=[pairs[i] for i in sorted(pair_order[500:])],
+        books=[book for i, book in enumerate(books) if i not in set(HELD_BOOKS)],
+        stories=stories,
+        pairs=kept_pairs,
         held_books=[books[i] for i in HELD_BOOKS],
-        held_stories=[stories[i] for i in sorted(story_order[:30])],
-        held_pairs=[pairs[i] for i in sorted(pair_order[:500])],
-        sha256=dict(zip(names, (h0, h1, h2), strict=True)),
+        held_stories=held_stories,
+        held_pairs=held_pairs,
+        sha256=dict(zip(FILES, hashes, strict=True)),
     )
 
 
 def train_tokenizer(corpus: Corpus, path: Path) -> Tokenizer:
     """Train the byte-level BPE of 8,192 tokens on the training text and write it as a tokenizer.json."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -142,17 +179,19 @@ def train_tokenizer(corpus: Corpus, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _command(question: str) -> str:
+def command_of(question: str) -> str:
+    """The command that a question of the tldr pairs is about."""
     if question.startswith("What does the command "):
         return question.removeprefix("What does the command ").removesuffix(" do?")
     return question.rsplit(" with ", 1)[-1].removesuffix("?")
 
 
-def _paraphrase(question: str, rng: random.Random) -> str:
+def paraphrase(question: str, rng: random.Random) -> str:
+    """The question in one of the ways that people ask it; a COMMON command's name may be left out."""
     if question.startswith("What does the command "):
-        name = _command(question)
-        forms = [question, question, f"What does {name} do?", f"What is {name}?", f"What is the command {name} for?"]
-        return rng.choice(forms)
+        name = command_of(question)
+        forms = [question, question, f"What does {name} do?", f"What is {name}?"]
+        return rng.choice([*forms, f"What is the command {name} for?"])
     if not question.startswith("How do I "):
         return question
     task = question.removeprefix("How do I ").removesuffix("?")
@@ -169,8 +208,8 @@ def dialogue_text(corpus: Corpus, rng: random.Random) -> list[list[tuple[str, st
     """One shuffled pass over all pairs as conversations of one to three turns, with stories asked for."""
     turns = []
     for question, answer in corpus.pairs:
-        repeat = 4 if _command(question) in COMMON else 1
-        turns += [(_paraphrase(question, rng), answer) for _ in range(repeat)]
+        repeat = 4 if command_of(question) in COMMON else 1
+        turns += [(paraphrase(question, rng), answer) for _ in range(repeat)]
     turns += ABOUT * 40
     rng.shuffle(turns)
     talks: list[list[tuple[str, str]]] = []
@@ -183,7 +222,7 @@ def dialogue_text(corpus: Corpus, rng: random.Random) -> list[list[tuple[str, st
     return talks
 
 
-def encode_talks(talks: list[list[tuple[str, str]]], tokenizer: Tokenizer) -> np.ndarray:
+def encode_talks(talks: list[list[tuple[str, str]]], tokenizer: Tokenizer) -> NDArray[np.uint16]:
     """Conversations as one uint16 stream in the form that `engine/chat.py` renders (template halo-demo)."""
     parts = [p for talk in talks for q, a in talk for p in (f"User: {q.strip()}", f"Assistant: {a.strip()}")]
     encoded = iter(tokenizer.encode_batch(parts, add_special_tokens=False))
@@ -197,7 +236,20 @@ def encode_talks(talks: list[list[tuple[str, str]]], tokenizer: Tokenizer) -> np
     return np.array(out, dtype=np.uint16)
 
 
-def encode_documents(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
+def encode_documents(texts: list[str], tokenizer: Tokenizer) -> NDArray[np.uint16]:
     """Documents as one uint16 stream, each opened by the beginning-of-text token."""
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     return np.concatenate([np.array([BOS, *e.ids], dtype=np.uint16) for e in encoded])
+
+
+def main() -> None:
+    """Train the tokenizer on the training text of a folder."""
+    parser = argparse.ArgumentParser(description="Train the demo model's tokenizer.")
+    parser.add_argument("--data", type=Path, required=True, help=f"a folder with {', '.join(FILES)}")
+    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
+    args = parser.parse_args()
+    train_tokenizer(load(args.data), args.out)
+
+
+if __name__ == "__main__":
+    main()

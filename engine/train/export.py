@@ -1,7 +1,7 @@
-"""From the trainer's export to the bundled model: `python -m engine.train.export --weights DIR --credits TSV --out DIR`.
+"""From the trainer's export to the bundled model: `python -m engine.train.export --help`. Nothing is trained.
 
-It writes model.h1b.xz (version 2), tokenizer.htok (version 2), NOTICE, the credits, and model.json with the golden
-tokens, which the NumPy oracle makes. It needs neither a GPU nor PyTorch.
+It writes model.h1b.xz (version 2), tokenizer.htok (version 2), NOTICE, the credits, and model.json with the
+golden tokens, which the NumPy oracle makes. It needs neither a GPU nor PyTorch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import lzma
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ Its weights are offered under the MIT licence of the project, as far as rights o
 
 The books are of their time: what the model writes can carry the attitudes of the 19th century. It is small, and it
 is often wrong: it shows that a box decodes, and is no source of facts.
-"""
+"""  # noqa: E501 (the file's own lines)
 
 
 def _digits(packed: NDArray[np.uint8], rows: int, cols: int) -> NDArray[np.uint8]:
@@ -55,19 +56,23 @@ def build_model(folder: Path) -> Model:
     config = ModelConfig(
         hidden_size=shape["hidden"], intermediate_size=shape["ffn"], num_layers=shape["layers"],
         num_heads=shape["heads"], num_kv_heads=shape["kv_heads"], vocab_size=shape["vocabulary"],
-        max_seq_len=shape["context"], tie_embeddings=True, rope_theta=shape["theta"], rms_norm_eps=shape["eps"],
+        max_seq_len=shape["context"], tie_embeddings=True, rope_theta=shape["theta"],
+        rms_norm_eps=shape["eps"],
     )  # fmt: skip
     bits = np.load(folder / "embedding.npy").astype(np.uint32) << 16
-    layers = []
-    for i in range(config.num_layers):
-        matrices = {}
-        for name, rows, cols in config.projections():
-            codes = _digits(arrays[f"{i}.{name}"], rows, cols)
-            scales = np.full(rows, arrays[f"{i}.{name}.scale"], dtype=np.float32)
-            matrices[name] = Ternary(packed=pack_codes(codes), scales=scales, cols=cols)
-        norms = {n: arrays[f"{i}.{n}"] for n in ("input_norm", "post_attn_norm", "attn_sub_norm", "ffn_sub_norm")}
-        layers.append(Layer(**norms, **matrices))
-    return Model(config=config, embedding=bits.view(np.float32), final_norm=arrays["final_norm"], layers=layers)
+    layers = [_layer(arrays, i, config) for i in range(config.num_layers)]
+    return Model(config, bits.view(np.float32), arrays["final_norm"], layers)
+
+
+def _layer(arrays: Mapping[str, NDArray[Any]], index: int, config: ModelConfig) -> Layer:
+    matrices = {}
+    for name, rows, cols in config.projections():
+        codes = _digits(arrays[f"{index}.{name}"], rows, cols)
+        scales = np.full(rows, arrays[f"{index}.{name}.scale"], dtype=np.float32)
+        matrices[name] = Ternary(packed=pack_codes(codes), scales=scales, cols=cols)
+    names = ("input_norm", "post_attn_norm", "attn_sub_norm", "ffn_sub_norm")
+    norms = {name: arrays[f"{index}.{name}"] for name in names}
+    return Layer(**norms, **matrices)
 
 
 def build_vocabulary(path: Path) -> Vocabulary:
@@ -101,33 +106,48 @@ def _until_end(ids: list[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--weights", type=Path, required=True)
-    p.add_argument("--tokenizer", type=Path, required=True)
-    p.add_argument("--credits", type=Path, required=True)
-    p.add_argument("--out", type=Path, required=True)
-    args = p.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+def write_bundle(weights: Path, tokenizer_json: Path, credits: Path, out: Path) -> None:
+    """Write all files of the bundled model into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         h1b = Path(scratch) / "model.h1b"
-        write_h1b(h1b, build_model(args.weights))
+        write_h1b(h1b, build_model(weights))
         raw = h1b.read_bytes()
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 2, "pb": 2}]
-        (args.out / "model.h1b.xz").write_bytes(lzma.compress(raw, check=lzma.CHECK_CRC64, filters=filters))
-        write_htok(args.out / "tokenizer.htok", build_vocabulary(args.tokenizer))
-        read_htok(args.out / "tokenizer.htok")
-        rows = golden(read_h1b(h1b), Tokenizer.from_htok(args.out / "tokenizer.htok"))
-    htok = (args.out / "tokenizer.htok").read_bytes()
-    files = {
-        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        for name, data in (("model.h1b", raw), ("tokenizer.htok", htok))
+        (out / "model.h1b.xz").write_bytes(lzma.compress(raw, check=lzma.CHECK_CRC64, filters=filters))
+        write_htok(out / "tokenizer.htok", build_vocabulary(tokenizer_json))
+        read_htok(out / "tokenizer.htok")
+        rows = golden(read_h1b(h1b), Tokenizer.from_htok(out / "tokenizer.htok"))
+    (out / "NOTICE").write_text(NOTICE)
+    shutil.copyfile(credits, out / "ccby_credits.tsv")
+    about = {
+        "schema": 1,
+        "name": "halo-demo",
+        "files": {
+            "model.h1b": _facts(raw),
+            "tokenizer.htok": _facts((out / "tokenizer.htok").read_bytes()),
+        },
+        "chat_template": "halo-demo",
+        "context": 1024,
+        "golden": rows,
+        "licence": "MIT; see NOTICE for the texts it learned from",
     }
-    (args.out / "NOTICE").write_text(NOTICE)
-    shutil.copyfile(args.credits, args.out / "ccby_credits.tsv")
-    about = {"schema": 1, "name": "halo-demo", "files": files, "chat_template": "halo-demo", "context": 1024,
-             "golden": rows, "licence": "MIT; see NOTICE for the texts it learned from"}  # fmt: skip
-    (args.out / "model.json").write_text(json.dumps(about, indent=1) + "\n")
+    (out / "model.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _facts(content: bytes) -> dict[str, object]:
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def main() -> None:
+    """Make the bundled model from an export, a tokenizer.json and the credits."""
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--weights", type=Path, required=True, help="a folder with weights.npz and embedding.npy")
+    p.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer.json of the training")
+    p.add_argument("--credits", type=Path, required=True, help="ccby_credits.tsv")
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args()
+    write_bundle(args.weights, args.tokenizer, args.credits, args.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """BitNet b1.58 in PyTorch with quantisation-aware training. It trains; `engine/` runs.
 
-The arithmetic of a projection is that of the engine: activations int8 by each token's absmax, weights ternary by
-the tensor's absmean, both as whole numbers in the matrix product (exact in bf16, which holds every integer up
-to 256), scales outside. Gradients pass straight through both roundings (Ma et al., "The Era of 1-bit LLMs").
+A projection takes the engine's integers: activations int8 by each token's absmax, weights ternary by the
+tensor's absmean, both as whole numbers (exact in bf16, which holds every integer up to 256), scales outside.
+One thing is coarser than in the engine: the product comes out of the GPU in bf16, eight significant bits,
+where the engine keeps the exact sum. Attention and the head run in bf16 too. Gradients pass straight through
+both roundings (Ma et al., "The Era of 1-bit LLMs").
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Shape:
     eps: float = 1e-5
 
     def as_dict(self) -> dict[str, float]:
+        """The fields by name, as they are logged and exported."""
         return asdict(self)
 
 
@@ -38,6 +41,7 @@ def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
 
 
 def absmean(weight: Tensor) -> Tensor:
+    """The scale of a ternary matrix: one number for the whole tensor."""
     return weight.abs().mean().clamp(min=1e-5)
 
 
@@ -47,6 +51,7 @@ def five_bits(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
@@ -64,9 +69,11 @@ class Ternary(nn.Module):
 
     def __init__(self, inputs: int, outputs: list[int]) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(o, inputs) * inputs**-0.5) for o in outputs])
+        weights = [nn.Parameter(torch.randn(rows, inputs) * inputs**-0.5) for rows in outputs]
+        self.weights = nn.ParameterList(weights)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """float32 [..., inputs] -> one float32 [..., outputs[i]] a matrix."""
         q, scale = quantise_activations(x)
         q = q.to(torch.bfloat16)
         out = []
@@ -79,6 +86,8 @@ class Ternary(nn.Module):
 
 
 class Layer(nn.Module):
+    """One block: attention and a squared-ReLU gated FFN, a sub-norm before each output projection."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.s = s
@@ -93,6 +102,7 @@ class Layer(nn.Module):
         self.down = Ternary(s.ffn, [s.hidden])
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x float32 [batch, time, hidden], and the same shape comes out."""
         s, (b, t, _) = self.s, x.shape
         q, k, v = self.qkv(rms_norm(x, self.input_norm, s.eps))
         q, k, v = (a.view(b, t, -1, s.hidden // s.heads).transpose(1, 2) for a in (q, k, v))
@@ -113,6 +123,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Model(nn.Module):
+    """The whole model; the embedding is also the head. Master weights are float32."""
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.s = s
@@ -120,7 +132,8 @@ class Model(nn.Module):
         self.final_norm = nn.Parameter(torch.ones(s.hidden))
         self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
         half = s.hidden // s.heads // 2
-        angle = torch.outer(torch.arange(s.context).double(), s.theta ** -(torch.arange(half).double() / half))
+        frequency = s.theta ** -(torch.arange(half).double() / half)
+        angle = torch.outer(torch.arange(s.context).double(), frequency)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
@@ -129,6 +142,7 @@ class Model(nn.Module):
         return F.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
 
     def logits(self, tokens: Tensor) -> Tensor:
+        """float32 [batch, time, vocabulary]; the embedding is used as it is exported, in five bits."""
         table = straight_through(self.embedding, five_bits(self.embedding))
         x = F.embedding(tokens, table)
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]

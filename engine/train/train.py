@@ -1,8 +1,7 @@
-"""Train the demo model on one NVIDIA GPU: `python -m engine.train.train --data DIR --out DIR --seconds 1500`.
+"""Train the demo model on one NVIDIA GPU: `python -m engine.train.train --help`. The rest of halo needs none.
 
-It can be stopped at any moment and started again: the batch of a step depends on (seed, step) alone, and the whole
-state is saved every minute. A compact snapshot (int8 master weights, a few files of under 16 MB) can be carried to
-another machine, where only the optimiser's moments are lost.
+It can be stopped at any moment and started again: the batch of a step depends on (seed, step) alone, and the
+whole state is saved every minute. docs/demo-model.md has the commands and what came of them.
 """
 
 from __future__ import annotations
@@ -10,271 +9,286 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from engine.train import data
-from engine.train.model import Model, Shape, five_bits
-from engine.train.optimiser import Muon
+from engine.train.evaluate import continuation, nats_a_token
+from engine.train.model import Model, Shape
+from engine.train.optimiser import make_optimisers
+from engine.train.snapshot import export_weights, load_compact, load_state, save_compact, save_state
+from engine.train.streams import HELD_OUT, SEED, Batches, Streams, build_streams
 
-SEED = 1234
-
-
-def log(out: Path, **row: object) -> None:
-    print(json.dumps(row), flush=True)
-    with (out / "log.jsonl").open("a") as f:
-        f.write(json.dumps(row) + "\n")
-
-
-def build_streams(folder: Path, cache: Path, tokenizer_path: Path) -> dict[str, np.ndarray]:
-    """Token streams by name, encoded once and kept as .npy files."""
-    names = ["books", "stories", "talks", "held_books", "held_stories", "held_talks"]
-    if not (cache / "counts.json").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        corpus, tokenizer = data.load(folder), Tokenizer.from_file(str(tokenizer_path))
-        rng = random.Random(SEED)
-        talks = [t for _ in range(4) for t in data.dialogue_text(corpus, rng)]
-        held_talks = [[pair] for pair in corpus.held_pairs]
-        arrays = [data.encode_documents(x, tokenizer) for x in (corpus.books, corpus.stories)]
-        arrays.append(data.encode_talks(talks, tokenizer))
-        arrays += [data.encode_documents(x, tokenizer) for x in (corpus.held_books, corpus.held_stories)]
-        arrays.append(data.encode_talks(held_talks, tokenizer))
-        for name, array in zip(names, arrays, strict=True):
-            np.save(cache / f"{name}.npy", array)
-        characters = {
-            "held_books": sum(map(len, corpus.held_books)),
-            "held_stories": sum(map(len, corpus.held_stories)),
-            "held_talks": sum(len(q) + len(a) for q, a in corpus.held_pairs),
-        }
-        counts = {"characters": characters, "sha256": corpus.sha256}
-        (cache / "counts.json").write_text(json.dumps(counts))
-    return {name: np.load(cache / f"{name}.npy") for name in names}
+WARM_UP = 300  # steps
+FLAT_UNTIL = 0.35  # of the way
+DECAY_UNTIL = 0.5  # weight decay, of the way
+PLAN_FROM, PLAN_AT = 120, 320  # steps between which the rate is measured; the first ones compile
+LOG_EVERY, EVALUATE_EVERY = 100, 2000  # steps
+SAVE_EVERY = 60.0  # seconds
+PROMPTS = ("Once upon a time", "The old man looked at the sea and")
+QUESTIONS = (
+    "What does the command tar do?",
+    "How do I list all files, including hidden files?",
+    "Who are you?",
+)
 
 
-class Batches:
-    """Random windows of context + 1 tokens, all streams on the device; a batch is a function of (seed, step)."""
+@dataclass(frozen=True)
+class Options:
+    """The command line. `steps` 0 means: as many as fit into `seconds` at the measured rate."""
 
-    def __init__(self, streams: dict[str, np.ndarray], rows: int, context: int, device: str) -> None:
-        self.streams = [torch.from_numpy(streams[n].astype(np.int32)).to(device) for n in ("books", "stories", "talks")]
-        self.rows, self.context, self.device = rows, context, device
-
-    def __call__(self, step: int, shares: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng([SEED, step])
-        counts = rng.multinomial(self.rows, shares)
-        window = torch.arange(self.context + 1, device=self.device)
-        rows = []
-        for stream, count in zip(self.streams, counts, strict=True):
-            starts = torch.from_numpy(rng.integers(0, len(stream) - self.context - 1, count)).to(self.device)
-            rows.append(stream[starts[:, None] + window])
-        batch = torch.cat(rows).long()
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-
-@torch.no_grad()
-def evaluate(model: Model, stream: np.ndarray, context: int, device: str, limit: int = 10**9) -> tuple[float, int]:
-    """(nats a token, tokens) over windows that do not overlap; each window starts without what came before."""
-    tokens = torch.from_numpy(stream.astype(np.int64))[:limit].to(device)
-    windows = (len(tokens) - 1) // context
-    total = 0.0
-    for start in range(0, windows, 32):
-        rows = range(start, min(start + 32, windows))
-        x = torch.stack([tokens[r * context : r * context + context] for r in rows])
-        y = torch.stack([tokens[r * context + 1 : r * context + context + 1] for r in rows])
-        total += model(x, y).item() * len(rows)
-    return total / windows, windows * context
+    data: Path
+    out: Path
+    cache: Path
+    tokenizer: Path
+    steps: int = 0
+    seconds: float = 1200.0
+    rows: int = 64
+    lr: float = 2.5e-3
+    optimiser: str = "muon"
+    resume: Path | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
+    device: str = "cuda"
 
 
 def factor(progress: float) -> float:
-    """Trapezoid: full rate until 35 % of the way, then a straight line to zero."""
-    return 1.0 if progress < 0.35 else max(0.0, (1 - progress) / 0.65)
+    """The learning rate's: full until 35 % of the way, then a straight line to zero."""
+    return 1.0 if progress < FLAT_UNTIL else max(0.0, (1 - progress) / (1 - FLAT_UNTIL))
 
 
-def make_optimisers(model: Model, kind: str, lr: float) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if ".weights." in n]
-    others = [p for n, p in model.named_parameters() if ".weights." not in n]
-    groups = [{"params": others, "decay": 0.0}]
-    first: list[torch.optim.Optimizer] = []
-    if kind == "muon":
-        first = [Muon([{"params": matrices, "decay": 0.1}], lr)]
-    else:
-        groups.append({"params": matrices, "decay": 0.1})
-    fused = next(model.parameters()).is_cuda
-    return [*first, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=fused)]
+def shares(progress: float) -> tuple[float, float, float]:
+    """Of books, stories and talks in a batch.
+
+    More questions and answers while the rate falls, when the model keeps what it sees last.
+    """
+    return (0.88, 0.02, 0.10) if progress < FLAT_UNTIL else (0.84, 0.03, 0.13)
 
 
-def save(path: Path, model: Model, optimisers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": step, "steps": steps}
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def log(out: Path, **row: object) -> None:
+    """Print a row, and append it to log.jsonl."""
+    print(json.dumps(row), flush=True)
+    with (out / "log.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def save_compact(folder: Path, model: Model, step: int, steps: int) -> None:
-    """Master weights as int8 with a scale a row, in files of under 16 MB, for a start on another machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part: dict[str, object] = {"step": step, "steps": steps}
-    size, index = 0, 0
-    for name, p in model.state_dict().items():
-        rows = p.reshape(p.shape[0], -1).float()
-        scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        part[name] = ((rows / scale).round().to(torch.int8).cpu(), scale.cpu()) if p.dim() == 2 else p.cpu()
-        size += p.numel()
-        if size > 13_000_000:
-            torch.save(part, folder / f"compact-{index}.pt")
-            part, size, index = {}, 0, index + 1
-    torch.save(part, folder / f"compact-{index}.pt")
+@dataclass
+class Clock:
+    """Where the current stretch of steps began: seconds of the monotonic clock, and the step.
+
+    Step -1: something else than training was done in it, so it says nothing about the rate.
+    """
+
+    seconds: float
+    step: int
 
 
-def load_compact(folder: Path, model: Model) -> tuple[int, int]:
-    state: dict[str, object] = {}
-    for path in sorted(folder.glob("compact-*.pt")):
-        state |= torch.load(path)
-    step, steps = int(state.pop("step")), int(state.pop("steps"))  # type: ignore[call-overload]
-    tensors = {n: (v[0].float() * v[1] if isinstance(v, tuple) else v) for n, v in state.items()}
-    model.load_state_dict(tensors)  # type: ignore[arg-type]
-    return step, steps
+@dataclass
+class Trainer:
+    """A run: what it trains, how far it is, and what it does at each step."""
+
+    options: Options
+    streams: Streams
+    counts: dict[str, Any]
+    model: Model
+    optimisers: list[torch.optim.Optimizer]
+    batches: Batches
+    started: float
+    loss_of: Callable[[Tensor, Tensor], Tensor]
+    step: int = 0
+    steps: int = 0
+    warm_from: int = 0
+    rate: float = 0.0
+    norm: Tensor = field(default_factory=lambda: torch.zeros(()))
+    losses: list[Tensor] = field(default_factory=list)
+    clock: Clock = field(default_factory=lambda: Clock(time.monotonic(), -1))
+    plan_clock: Clock = field(default_factory=lambda: Clock(time.monotonic(), -1))
+
+    @classmethod
+    def start(cls, options: Options) -> Trainer:
+        """A run at its first step, or where `options.resume` left off."""
+        started = time.monotonic()
+        torch.manual_seed(SEED)
+        torch.set_float32_matmul_precision("high")
+        shape = Shape(**options.shape)
+        streams, counts = build_streams(options.data, options.cache, options.tokenizer)
+        model = Model(shape).to(options.device)
+        optimisers = make_optimisers(model, options.optimiser, options.lr)
+        batches = Batches(streams, options.rows, shape.context, options.device)
+        loss_of = torch.compile(model) if options.device == "cuda" else model
+        trainer = cls(options, streams, counts, model, optimisers, batches, started, loss_of)
+        trainer.resume()
+        return trainer
+
+    def resume(self) -> None:
+        """Take up state.pt, or else a compact snapshot, of the folder `options.resume`, if it has one."""
+        folder = self.options.resume
+        if folder and (folder / "state.pt").exists():
+            self.step, self.steps = load_state(folder / "state.pt", self.model, self.optimisers)
+        elif folder and (folder / "compact-0.pt").exists():
+            self.step, self.steps = load_compact(folder, self.model)
+            self.warm_from = self.step  # the optimiser's moments are gone: warm up once more
+        self.steps = self.steps or self.options.steps
+
+    def run(self) -> None:
+        """Train to the last step; log, evaluate and save on the way."""
+        first = self.step
+        self.clock = Clock(time.monotonic(), self.step)
+        saved = time.monotonic()
+        while not self.steps or self.step < self.steps:
+            self.train_step()
+            if not self.steps:
+                self.plan(self.step - first)
+            if self.step % LOG_EVERY == 0:
+                self.log_progress()
+            if self.step % EVALUATE_EVERY == 0:
+                self.log_held_out_in_short()
+            if time.monotonic() - saved > SAVE_EVERY:
+                self.save()
+                saved = time.monotonic()
+
+    def train_step(self) -> None:
+        """One batch forward and back, one step of the optimisers."""
+        progress = self.step / self.steps if self.steps else 0.0
+        self.rate = factor(progress) * min(1.0, (self.step - self.warm_from + 1) / WARM_UP)
+        for group in (g for o in self.optimisers for g in o.param_groups):
+            group["lr"] = self.options.lr * self.rate
+            group["weight_decay"] = group["decay"] if progress < DECAY_UNTIL else 0.0
+        loss = self.loss_of(*self.batches(self.step, shares(progress)))
+        loss.backward()
+        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach())
+        self.step += 1
+
+    def plan(self, done: int) -> None:
+        """Measure the rate between two steps, and set how many steps fit into `options.seconds`."""
+        if done == PLAN_FROM:
+            torch.cuda.synchronize()
+            self.plan_clock = Clock(time.monotonic(), self.step)
+            self.clock = Clock(time.monotonic(), self.step)
+        if done == PLAN_AT:
+            torch.cuda.synchronize()
+            now = time.monotonic()
+            seconds_a_step = (now - self.plan_clock.seconds) / (self.step - self.plan_clock.step)
+            left = self.options.seconds - (now - self.started) - 30.0
+            self.steps = self.step + int(left / seconds_a_step / 1.02)
+            log(self.options.out, event="planned", steps=self.steps, seconds_a_step=seconds_a_step)
+
+    def log_start(self) -> None:
+        """What is trained, on what, and how."""
+        log(
+            self.options.out,
+            event="start",
+            step=self.step,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            shape=self.model.s.as_dict(),
+            tokens={name: len(stream) for name, stream in self.streams.items()},
+            args={name: str(value) for name, value in vars(self.options).items()},
+            counts=self.counts,
+            torch=torch.__version__,
+            seed=SEED,
+        )
+
+    def log_progress(self) -> None:
+        """The mean loss since the last row, the rate, the speed. Ends the run if the loss is not finite."""
+        mean = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        now = time.monotonic()
+        tokens = LOG_EVERY * self.options.rows * self.model.s.context
+        whole = self.clock.step == self.step - LOG_EVERY
+        log(
+            self.options.out,
+            step=self.step,
+            loss=round(mean, 4),
+            lr=self.options.lr * self.rate,
+            norm=round(float(self.norm), 3),
+            tokens_per_s=int(tokens / (now - self.clock.seconds)) if whole else None,
+            seconds=round(now - self.started, 1),
+        )
+        self.clock = Clock(now, self.step)
+        if not math.isfinite(mean):
+            raise SystemExit("the loss is not finite")
+
+    def log_held_out_in_short(self) -> None:
+        """The held-out loss of the first 400,000 tokens of each stream."""
+        held = {name: round(self.held_out(name, 400_000)[0], 4) for name in HELD_OUT}
+        log(self.options.out, step=self.step, held_out_first_400k=held)
+        self.clock.step = -1
+
+    def held_out(self, name: str, limit: int | None = None) -> tuple[float, int]:
+        """(nats a token, tokens) of a held-out stream."""
+        return nats_a_token(self.model, self.streams[name][:limit], self.options.device)
+
+    def save(self) -> None:
+        """Leave the whole state, and a compact snapshot, in `options.out`."""
+        save_state(self.options.out / "state.pt", self.model, self.optimisers, self.step, self.steps)
+        save_compact(self.options.out / "compact", self.model, self.step, self.steps)
+        self.clock.step = -1
+
+    def finish(self) -> None:
+        """Save and export; log the held-out loss, and samples."""
+        out = self.options.out
+        save_state(out / "state.pt", self.model, self.optimisers, self.step, self.steps)
+        export_weights(out / "export", self.model)
+        for name in HELD_OUT:
+            nats, tokens = self.held_out(name)
+            bits = nats * len(self.streams[name]) / math.log(2) / self.counts["characters"][name]
+            figures = {"nats_a_token": round(nats, 4), "bits_a_character": round(bits, 4), "tokens": tokens}
+            log(out, event="held-out", stream=name, **figures)
+        self.log_samples()
+        log(out, event="end", step=self.step, seconds=round(time.monotonic() - self.started, 1))
+
+    def log_samples(self) -> None:
+        """Greedy continuations of two openings, and answers to three questions."""
+        tokenizer = Tokenizer.from_file(str(self.options.tokenizer))
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        prompts = [(text, [data.BOS, *encode(text)], 60) for text in PROMPTS]
+        for text in QUESTIONS:
+            ids = [data.BOS, *encode(f"User: {text}"), data.EOT, *encode("Assistant:")]
+            prompts.append((text, ids, 40))
+        for text, ids, count in prompts:
+            answer = continuation(self.model, ids, count, self.options.device)
+            log(self.options.out, prompt=text, text=tokenizer.decode(answer))
 
 
-@torch.no_grad()
-def export_weights(folder: Path, model: Model) -> None:
-    """What a .h1b needs: int8 ternary matrices with their scale, the embedding as bf16 bits, norms in fp32."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, np.ndarray] = {"final_norm": model.final_norm.detach().float().cpu().numpy()}
-    for i, layer in enumerate(model.layers):
-        for norm in ("input_norm", "post_attn_norm", "attn_sub_norm", "ffn_sub_norm"):
-            arrays[f"{i}.{norm}"] = getattr(layer, norm).detach().float().cpu().numpy()
-        named = zip(["q", "k", "v", "o", "gate", "up", "down"], [*layer.qkv.weights, *layer.o.weights,
-                    *layer.gate_up.weights, *layer.down.weights], strict=True)
-        for name, w in named:
-            mean = w.float().abs().mean().clamp(min=1e-5)
-            codes = (w / mean).round().clamp(-1, 1).to(torch.int8).cpu().numpy()
-            digits = np.pad(codes.reshape(-1) + 1, (0, -codes.size % 5)).reshape(-1, 5).astype(np.uint8)
-            arrays[f"{i}.{name}"] = (digits @ np.array([1, 3, 9, 27, 81], np.uint8)).astype(np.uint8)
-            arrays[f"{i}.{name}.scale"] = mean.cpu().numpy()
-    table = five_bits(model.embedding.detach().float()).cpu()
-    np.save(folder / "embedding.npy", (table.view(torch.int32) >> 16).to(torch.int16).numpy().view(np.uint16))
-    np.savez(folder / "weights.npz", shape=json.dumps(model.s.as_dict()), **arrays)
-
-
-@torch.no_grad()
-def sample(model: Model, tokenizer: Tokenizer, prompt: list[int], count: int, device: str) -> str:
-    ids = list(prompt)
-    for _ in range(count):
-        x = torch.tensor([ids[-256:]], device=device)
-        ids.append(int(model.logits(x)[0, -1].argmax()))
-        if ids[-1] in (data.BOS, data.EOT):
-            break
-    return tokenizer.decode(ids[len(prompt) :])
+def parse_arguments() -> Options:
+    """The options of the command line; their defaults stand in `Options`."""
+    p = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    p.add_argument("--data", type=Path, required=True, help="the folder of the three text files")
+    p.add_argument("--out", type=Path, required=True, help="for state.pt, compact/, export/ and log.jsonl")
+    p.add_argument("--cache", type=Path, required=True, help="for the encoded token streams")
+    p.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json of engine.train.data")
+    p.add_argument("--steps", type=int, help="0: from --seconds and the measured rate")
+    p.add_argument("--seconds", type=float, help="of the whole run")
+    p.add_argument("--rows", type=int, help="windows a step")
+    p.add_argument("--lr", type=float, help="peak learning rate")
+    p.add_argument("--optimiser", choices=["muon", "adamw"])
+    p.add_argument("--resume", type=Path, help="a folder with state.pt or compact-*.pt")
+    p.add_argument("--shape", type=json.loads, help="fields of engine.train.model.Shape, as JSON")
+    p.add_argument("--device", help="cuda, or cpu for a trial of a few steps")
+    return Options(**vars(p.parse_args()))
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--data", type=Path, required=True)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--cache", type=Path, required=True)
-    p.add_argument("--tokenizer", type=Path, required=True)
-    p.add_argument("--steps", type=int, default=0, help="0: from --seconds and the measured rate")
-    p.add_argument("--seconds", type=float, default=1200.0)
-    p.add_argument("--rows", type=int, default=64)
-    p.add_argument("--lr", type=float, default=2.5e-3)
-    p.add_argument("--optimiser", choices=["muon", "adamw"], default="muon")
-    p.add_argument("--resume", type=Path, help="a folder with state.pt or compact-*.pt")
-    p.add_argument("--shape", type=json.loads, default={})
-    p.add_argument("--device", default="cuda")
-    args = p.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    torch.manual_seed(SEED)
-    torch.set_float32_matmul_precision("high")
-    shape = Shape(**args.shape)
-    streams = build_streams(args.data, args.cache, args.tokenizer)
-    counts = json.loads((args.cache / "counts.json").read_text())
-    model = Model(shape).to(args.device)
-    optimisers = make_optimisers(model, args.optimiser, args.lr)
-    batches = Batches(streams, args.rows, shape.context, args.device)
-    step, steps, warm_from = 0, args.steps, 0
-    if args.resume and (args.resume / "state.pt").exists():
-        state = torch.load(args.resume / "state.pt")
-        model.load_state_dict(state["model"])
-        for o, s in zip(optimisers, state["optimisers"], strict=True):
-            o.load_state_dict(s)
-        step, steps = state["step"], state["steps"]
-    elif args.resume and (args.resume / "compact-0.pt").exists():
-        step, steps = load_compact(args.resume, model)
-        warm_from = step  # the optimiser's moments are gone: warm up once more
-    compiled = torch.compile(model) if args.device == "cuda" else model
-    log(args.out, event="start", step=step, parameters=sum(q.numel() for q in model.parameters()), shape=shape.as_dict(),
-        tokens={k: len(v) for k, v in streams.items()}, args={k: str(v) for k, v in vars(args).items()}, counts=counts,
-        torch=torch.__version__, seed=SEED)
-    tick, tick_step, saved, first = time.monotonic(), step, time.monotonic(), step
-    losses: list[Tensor] = []
-    while not steps or step < steps:
-        progress = step / steps if steps else 0.0
-        rate = factor(progress) * min(1.0, (step - warm_from + 1) / 300)
-        for o in optimisers:
-            for g in o.param_groups:
-                g["lr"] = args.lr * rate
-                g["weight_decay"] = g["decay"] if progress < 0.5 else 0.0
-        # More questions and answers while the rate falls, when the model keeps what it sees last.
-        shares = (0.88, 0.02, 0.10) if progress < 0.35 else (0.84, 0.03, 0.13)
-        loss = compiled(*batches(step, shares))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimisers:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        step += 1
-        if step == first + 120 and not args.steps and not steps:
-            torch.cuda.synchronize()
-            tick, tick_step = time.monotonic(), step
-        if step == first + 320 and not args.steps and not steps:
-            torch.cuda.synchronize()
-            rate_s = (time.monotonic() - tick) / (step - tick_step)
-            left = args.seconds - (time.monotonic() - started) - 30.0
-            steps = step + int(left / rate_s / 1.02)
-            log(args.out, event="planned", steps=steps, seconds_a_step=rate_s)
-        if step % 100 == 0:
-            mean = float(torch.stack(losses).mean())
-            losses.clear()
-            now = time.monotonic()
-            log(args.out, step=step, loss=round(mean, 4), lr=args.lr * rate, norm=round(float(norm), 3),
-                tokens_per_s=int(100 * args.rows * shape.context / (now - tick)) if tick_step == step - 100 else None,
-                seconds=round(now - started, 1))
-            tick, tick_step = now, step
-            if not math.isfinite(mean):
-                raise SystemExit("the loss is not finite")
-        if step % 2000 == 0:
-            held = {k: round(evaluate(model, streams[k], shape.context, args.device, 400_000)[0], 4)
-                    for k in ("held_books", "held_stories", "held_talks")}
-            log(args.out, step=step, held_out_first_400k=held)
-            tick_step = -1
-        if time.monotonic() - saved > 60:
-            save(args.out / "state.pt", model, optimisers, step, steps)
-            save_compact(args.out / "compact", model, step, steps)
-            saved = time.monotonic()
-            tick_step = -1
-    save(args.out / "state.pt", model, optimisers, step, steps)
-    export_weights(args.out / "export", model)
-    for k in ("held_books", "held_stories", "held_talks"):
-        nats, n = evaluate(model, streams[k], shape.context, args.device)
-        bits = nats * len(streams[k]) / math.log(2) / counts["characters"][k]
-        log(args.out, event="held-out", stream=k, nats_a_token=round(nats, 4), bits_a_character=round(bits, 4), tokens=n)
-    tokenizer = Tokenizer.from_file(str(args.tokenizer))
-    for prompt in ("Once upon a time", "The old man looked at the sea and"):
-        ids = [data.BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-        log(args.out, prompt=prompt, text=sample(model, tokenizer, ids, 60, args.device))
-    for q in ("What does the command tar do?", "How do I list all files, including hidden files?", "Who are you?"):
-        ids = [data.BOS, *tokenizer.encode(f"User: {q}", add_special_tokens=False).ids, data.EOT,
-               *tokenizer.encode("Assistant:", add_special_tokens=False).ids]
-        log(args.out, prompt=q, text=sample(model, tokenizer, ids, 40, args.device))
-    log(args.out, event="end", step=step, seconds=round(time.monotonic() - started, 1))
+    """Train, export, measure."""
+    options = parse_arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer.start(options)
+    trainer.log_start()
+    trainer.run()
+    trainer.finish()
 
 
 if __name__ == "__main__":
