@@ -135,9 +135,21 @@ def _reason(operations: list[Operation], result: Result, log: Log) -> str:
     """Why it failed, in the words of whoever knows: the unit's journal, else the command that was run."""
     if any(operation["op"] == "service" for operation in operations):
         user = ["--user"] if any(operation.get("user") for operation in operations) else []
-        argv = ["journalctl", *user, "--unit", SERVICE, "--lines", "20", "--no-pager", "--output", "cat"]
+        argv = [
+            "journalctl",
+            *user,
+            "--unit",
+            SOCKET,
+            "--unit",
+            SERVICE,
+            "--lines",
+            "20",
+            "--no-pager",
+            "--output",
+            "cat",
+        ]
         told = run(argv, log=log, check=False, timeout=30).stdout.splitlines()
-        errors = [line for line in told if "rror" in line or "Failed at step" in line]
+        errors = [line for line in told if "rror" in line or ("Failed " in line and "result" not in line)]
         if errors:
             return errors[-1].strip()
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
@@ -148,7 +160,7 @@ def _reason(operations: list[Operation], result: Result, log: Log) -> str:
 def _hint(operations: list[Operation]) -> str:
     user = any(operation.get("user") for operation in operations)
     return (
-        f"journalctl {'--user ' if user else ''}-u {SERVICE} -n 30"
+        f"journalctl {'--user ' if user else ''}-u {SOCKET} -u {SERVICE} -n 30"
         if user or os.geteuid() == 0
         else "see the log"
     )
