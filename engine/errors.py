@@ -13,8 +13,9 @@ EXIT_COULD_NOT_RUN: Final = 3
 class HaloError(Exception):
     """An error that a person can act on.
 
-    `message` is one sentence saying what went wrong. `hint` says what to do about it, with the command to
-    run where there is one. `exit_code` is what the process ends with: 1 an error, 2 degraded, 3 could not run.
+    `message` is one sentence saying what went wrong. `hint` says what to do about it, with the command
+    to run where there is one. `exit_code` is what the process ends with: 1 an error, 2 degraded, 3 could
+    not run.
     """
 
     def __init__(self, message: str, *, hint: str = "", exit_code: int = EXIT_ERROR) -> None:
