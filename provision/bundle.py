@@ -6,7 +6,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import tarfile
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -177,11 +176,10 @@ def fetch_wheels(
         if not result.ok:
             raise failure(result, what=f"The wheels for Python {major}.{minor} cannot be had")
     (wheels / "requirements.txt").unlink(missing_ok=True)
-    wheel = python.pip_wheel()
-    if wheel is not None:
-        shutil.copyfile(wheel, wheels / wheel.name)
-        return
-    argv = [*pip, "download", "--no-deps", "--only-binary", ":all:", "-q", "--dest", str(wheels), "pip"]
+    # The pip of this Python may be too old for another one's, so the bundle has the one that is pinned.
+    argv = [*pip, "download", "--disable-pip-version-check", "--no-input", "-q", "--dest", str(wheels)]
+    argv += ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(lock.with_name("pip.lock"))]
+    argv += ["--no-index", "--find-links", str(wheel_dir)] if wheel_dir is not None else []
     run(argv, log=log, what="A pip for the bundle cannot be had", tick=screen.tick)
 
 

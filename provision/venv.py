@@ -46,9 +46,8 @@ class Interpreter:
         return f"{self.version[0]}.{self.version[1]}"
 
     def pip_wheel(self) -> Path | None:
-        """The newest pip wheel that came with this interpreter or its distribution."""
-        wheels = [wheel for place in self.wheel_dirs for wheel in sorted(place.glob("pip-*.whl"))]
-        return wheels[-1] if wheels else None
+        """The pip wheel that came with this interpreter, or with its distribution."""
+        return next((wheel for place in self.wheel_dirs for wheel in sorted(place.glob("pip-*.whl"))), None)
 
 
 def probe(path: Path, log: Log | None = None) -> Interpreter | None:
