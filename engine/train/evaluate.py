@@ -72,6 +72,12 @@ def window_losses_native(model: NativeModel, stream: Tokens, windows: int) -> li
     return losses
 
 
+def window_losses_trainer(model: Model, stream: Tokens, windows: int) -> list[float]:
+    """Mean nats a token of each window, by the trainer's model on the CPU."""
+    context = model.s.context
+    return [nats_a_token(model, stream[w * context :][: context + 1], "cpu")[0] for w in range(windows)]
+
+
 def _cross_entropy(logits: NDArray[np.float32], targets: Tokens) -> float:
     """Mean of -log softmax(logits)[target], in float64."""
     wide = logits.astype(np.float64)
@@ -109,33 +115,40 @@ def _masters(matrix: Ternary) -> NDArray[np.float32]:
     return (ternary * float(matrix.scales[0]) / np.abs(ternary).mean()).astype(np.float32)
 
 
-def _timed(name: str, work: Callable[[], float]) -> float:
-    started = time.monotonic()
-    nats = work()
-    print(f"{name}: {nats:.4f} nats a token ({time.monotonic() - started:.0f} s)", flush=True)
-    return nats
+def held_out_tokens(tokenizer: Tokenizer, data_folder: Path, count: int) -> Tokens:
+    """The first `count` tokens of the held-out books, by the engine's tokenizer."""
+    stream: list[int] = []
+    for book in data.load(data_folder).held_books:
+        stream += [data.BOS, *tokenizer.encode(book)]
+        if len(stream) >= count:
+            break
+    return np.array(stream[:count])
 
 
 def compare(folder: Path, data_folder: Path, library: Path | None, windows: int) -> None:
     """Print the mean loss of the first windows of held-out books, by engine and by the trainer's model."""
-    tokenizer = Tokenizer.from_htok(folder / "tokenizer.htok")
     with tempfile.TemporaryDirectory() as scratch:
         h1b, halo = Path(scratch) / "model.h1b", Path(scratch) / "model.halo"
         h1b.write_bytes(lzma.decompress((folder / "model.h1b.xz").read_bytes()))
         exported = read_h1b(h1b)
         context = exported.config.max_seq_len
-        stream: list[int] = []
-        for book in data.load(data_folder).held_books:
-            stream += [data.BOS, *tokenizer.encode(book)]
-            if len(stream) > windows * context:
-                break
-        tokens = np.array(stream[: windows * context + 1])
+        tokenizer = Tokenizer.from_htok(folder / "tokenizer.htok")
+        tokens = held_out_tokens(tokenizer, data_folder, windows * context + 1)
         windows = (len(tokens) - 1) // context
-        print(f"{windows} windows of {context} tokens of the held-out books", flush=True)
+        print(f"held-out books, {windows} windows of {context} tokens, nats a token", flush=True)
         prepare(exported, halo)
         with NativeModel.open(halo, library) as native:
-            _timed("engine", lambda: float(np.mean(window_losses_native(native, tokens, windows))))
-        _timed("trainer", lambda: nats_a_token(rebuild(exported), tokens, "cpu")[0])
+            engine = _shown("engine", lambda: window_losses_native(native, tokens, windows))
+        trainer = _shown("trainer", lambda: window_losses_trainer(rebuild(exported), tokens, windows))
+    apart = np.abs(np.subtract(engine, trainer))
+    print(f"apart, a window: {apart.mean():.4f} in the mean, {apart.max():.4f} at most")
+
+
+def _shown(name: str, work: Callable[[], list[float]]) -> list[float]:
+    started = time.monotonic()
+    losses = work()
+    print(f"{name}: {np.mean(losses):.4f} ({time.monotonic() - started:.0f} s)", flush=True)
+    return losses
 
 
 def main() -> None:
