@@ -20,7 +20,7 @@ from provision.model_source import DEMO_MODEL, model_source
 from provision.render import TICK, Screen
 from provision.run import Log, failure, run
 from provision.toolchain import LIBRARY, Toolchain, build_native, system_toolchain, wheel_toolchain
-from provision.venv import VERSIONS, base_interpreter, install, pip_command, probe
+from provision.venv import VERSIONS, base_interpreter, install, probe
 
 MANIFEST: Final = "bundle.json"
 SCHEMA: Final = 1
@@ -61,7 +61,7 @@ def configure_bundle(parser: ArgumentParser) -> None:
 
 def run_bundle(args: Namespace) -> int:
     """Make a bundle of the source that runs, for this machine's architecture."""
-    from provision.install import source_root
+    from provision.install import signals, source_root
 
     source = source_root()
     machine = platform.machine()
@@ -70,12 +70,13 @@ def run_bundle(args: Namespace) -> int:
     screen, log = Screen(), Log.temporary("bundle")
     staging = Path(tempfile.mkdtemp(prefix=".halo-bundle-", dir=output.parent))
     try:
-        fill(staging, source, pythons, machine, screen, log, args.wheel_dir)
-        screen.begin(4, 4, "pack")
-        partial = staging.with_suffix(".tar.tmp")
-        pack(staging, partial)
-        partial.replace(output)
-        screen.end(TICK, f"{output} ({output.stat().st_size >> 20} MiB)")
+        with signals():
+            fill(staging, source, pythons, machine, screen, log, args.wheel_dir)
+            screen.begin(4, 4, "pack")
+            partial = staging.with_suffix(".tar.tmp")
+            pack(staging, partial)
+            partial.replace(output)
+            screen.end(TICK, f"{output} ({output.stat().st_size >> 20} MiB)")
     except HaloError as error:
         raise HaloError(error.message, hint=f"{error.hint}; the full log: {log.path}") from error
     finally:
@@ -176,9 +177,15 @@ def fetch_wheels(
         if not result.ok:
             raise failure(result, what=f"The wheels for Python {major}.{minor} cannot be had")
     (wheels / "requirements.txt").unlink(missing_ok=True)
-    # The pip of this Python may be too old for another one's, so the bundle has the one that is pinned.
+    fetch_pip(pip, lock.with_name("pip.lock"), wheels, log, screen, wheel_dir)
+
+
+def fetch_pip(
+    pip: Sequence[str], lock: Path, wheels: Path, log: Log, screen: Screen, wheel_dir: Path | None
+) -> None:
+    """The pinned pip: that of this Python may be too old for another one's."""
     argv = [*pip, "download", "--disable-pip-version-check", "--no-input", "-q", "--dest", str(wheels)]
-    argv += ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(lock.with_name("pip.lock"))]
+    argv += ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(lock)]
     argv += ["--no-index", "--find-links", str(wheel_dir)] if wheel_dir is not None else []
     run(argv, log=log, what="A pip for the bundle cannot be had", tick=screen.tick)
 
@@ -227,15 +234,10 @@ def build_library(source: Path, into: Path, log: Log, screen: Screen) -> dict[st
 
 def _wheel_tools(source: Path, target: Path, missing: Sequence[str], log: Log) -> Toolchain:
     python = probe(base_interpreter(), log)
-    pip = pip_command(python, Path(), None) if python is not None else None
-    if python is None or pip is None:
+    if python is None:
         raise HaloError(f"There is no {', no '.join(missing)} here.", hint="install a C++ compiler and cmake")
-    install(
-        [str(python.path), *pip[1:]] if "--python" not in pip else [str(python.path), "-m", "pip"],
-        source / "provision/toolchain.lock",
-        log,
-        target=target,
-    )
+    pip = _downloader(python.path, python.pip_wheel(), python.has_pip)
+    install(pip, source / "provision/toolchain.lock", log, target=target)
     return wheel_toolchain(target)
 
 
