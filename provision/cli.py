@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Final
+from typing import Final, NoReturn
 
-from engine.errors import HaloError
+from engine.errors import EXIT_COULD_NOT_RUN, HaloError
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,18 @@ COMMANDS: Final = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one of ours: a sentence, a hint, exit code 3 (2 would mean degraded)."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HaloError(
+            f"{message[:1].upper()}{message[1:]}.", hint=f"{self.prog} --help", exit_code=EXIT_COULD_NOT_RUN
+        )
+
+
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser; only the chosen subcommand's module is imported for its arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="halo", description="One command from a bare machine to a box that decodes a ternary LLM."
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")

@@ -87,6 +87,14 @@ def test_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == ""
 
 
+def test_a_wrong_flag_is_a_sentence_and_not_degraded(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that reads 2 as "degraded" must not take a typing error for a sick box."""
+    for words in (["status", "--frob"], ["frob"], ["plan", "--scope", "moon"]):
+        assert cli.main(words) == 3
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and "\nhint: halo" in told
+
+
 def test_version_and_status_of_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     prefix = str(tmp_path_factory.mktemp("none") / "halo")
     done = subprocess.run(
