@@ -127,7 +127,8 @@ def _socket_state(unit: Unit, scope: str) -> Iterator[Finding]:
             evidence=(f"UnitFileState={unit.enabled or '(empty)'}",),
             affects="the server after a reboot",
             depends_on=("service.unit-missing", "service.unknown"),
-            fix=Fix("enable it", (_systemctl(scope, "enable", SOCKET),), needs_root=scope == "system"),
+            # Not `systemctl enable`: that would tie the boot to one generation instead of `current`.
+            fix=Fix("link it for boot", (("halo", "install", "--yes"),), needs_root=scope == "system"),
         )
 
 

@@ -56,6 +56,7 @@ class Context:
     undo: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
     build: dict[str, Any] = field(default_factory=dict)
     served: bool = False
+    restart_due: bool = False
     sentence: str = ""
 
     @property

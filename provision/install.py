@@ -12,6 +12,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
@@ -19,7 +20,7 @@ from typing import Final, NoReturn
 from engine.errors import HaloError
 from provision import generations
 from provision.context import Action, Context
-from provision.desired import PROFILES, load_desired, parse_listen
+from provision.desired import PROFILES, format_listen, load_desired, parse_listen
 from provision.files import remove_if_empty, remove_tree
 from provision.journal import Journal, locked, recover
 from provision.layout import Layout, places, resolve_layout
@@ -88,7 +89,7 @@ def make_context(args: Namespace) -> Context:
     desired = load_desired(layout.config).merged(
         profile=args.profile, listen=args.listen, units=None if args.no_units is None else False
     )
-    parse_listen(desired.listen)
+    desired = replace(desired, listen=format_listen(*parse_listen(desired.listen)))
     source = source_root()
     bundle = source if (source / "bundle.json").is_file() else None
     return Context(layout, desired, source, Screen(), Log(), bundle)

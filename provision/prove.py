@@ -18,16 +18,20 @@ def ensure_prepared(model_dir: Path) -> bool:
     """Make model.halo if it is not there or not whole; returns whether it was made."""
     from engine.formats.h1b import read_h1b
     from engine.formats.prepared import prepare, verify_prepared
+    from engine.formats.store import PREPARED, SEAL, seal
 
-    prepared = model_dir / "model.halo"
+    prepared = model_dir / PREPARED
     if prepared.is_file():
         try:
             verify_prepared(prepared)
         except HaloError:
             prepared.unlink()
         else:
+            if not (model_dir / SEAL).is_file():
+                seal(model_dir)
             return False
     prepare(read_h1b(model_dir / "model.h1b"), prepared)
+    seal(model_dir)
     return True
 
 

@@ -15,6 +15,8 @@ from engine.errors import HaloError
 
 _CHUNK: Final = 1 << 20
 _DESCRIPTION: Final = "model.json"
+PREPARED: Final = "model.halo"
+SEAL: Final = "model.halo.sha256"
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -53,6 +55,36 @@ def is_stored(store: Path, description: dict[str, Any]) -> bool:
     return all(_size(directory / name) == facts["bytes"] for name, facts in description["files"].items())
 
 
+def is_whole(store: Path, description: dict[str, Any]) -> bool:
+    """Whether every stored file, the prepared one too, still has the hash that it had when it was made."""
+    directory = store / store_name(description)
+    if not is_stored(store, description):
+        return False
+    try:
+        sealed = (directory / SEAL).read_text().strip()
+        return _sha256(directory / PREPARED) == sealed and all(
+            _sha256(directory / name) == facts["sha256"] for name, facts in description["files"].items()
+        )
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def seal(directory: Path) -> None:
+    """Write down the hash of the prepared file beside it, so that later damage can be seen."""
+    staging = directory / f".{SEAL}.{os.getpid()}.tmp"
+    with staging.open("w") as stream:
+        stream.write(_sha256(directory / PREPARED) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    staging.replace(directory / SEAL)
+    _fsync_directory(directory)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -60,15 +92,15 @@ def _size(path: Path) -> int:
         return -1
 
 
-def unpack(source: Path, store: Path) -> Path:
+def unpack(source: Path, store: Path, *, anew: bool = False) -> Path:
     """Bring the model in `source` (plain or .xz files) into `store`; returns its directory there.
 
     Every file is hashed while it is written into a staging directory, which gets its name by one rename when
-    all hashes are right. A model that is there already is left alone.
+    all hashes are right. A model that is there already is left alone, unless it is wanted `anew`.
     """
     description = read_description(source)
     final = store / store_name(description)
-    if is_stored(store, description):
+    if is_stored(store, description) and not anew:
         return final
     store.mkdir(parents=True, exist_ok=True)
     staging = store / f".{final.name}.{os.getpid()}.tmp"

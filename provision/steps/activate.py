@@ -117,7 +117,8 @@ def start(ctx: Context, before: str | None, started: list[list[services.Operatio
     switched = before != ctx.name
     # What answers is asked, not what the links say: a killed run may have switched and not restarted.
     answer = endpoint.health(ctx.desired.listen) if before is not None else None
-    if not links and not switched and answer is not None and answer["generation"] == ctx.name:
+    right = answer is not None and answer["generation"] == ctx.name
+    if right and not links and not switched and not ctx.restart_due:
         return
     socket_changed = before is not None and (
         answer is None or _unit_text(ctx, before) != _unit_text(ctx, ctx.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import HaloError
-from engine.formats.store import is_stored, read_description, store_name, unpack
+from engine.formats.store import is_whole, read_description, store_name, unpack
 from provision.context import Action, Context
 from provision.endpoint import check_golden
 from provision.files import remove_tree
@@ -18,17 +18,17 @@ from provision.run import run
 
 def plan(ctx: Context) -> list[Action]:
     """What would be unpacked and linked."""
-    if ctx.in_place:
-        return []
     description = read_description(model_source(ctx.source))
+    if ctx.in_place:
+        mend = Action(f"unpack and prepare {description['name']} anew", "the stored model is damaged")
+        return [] if is_whole(ctx.layout.store, description) else [mend]
     actions = [
         Action(f"link model {description['name']} into the generation", "the server opens models/default")
     ]
-    if not is_stored(ctx.layout.store, description):
+    if not is_whole(ctx.layout.store, description):
         store = ctx.layout.store / store_name(description)
-        actions.insert(
-            0, Action(f"unpack and prepare {description['name']} in {store}", "it is not in the store")
-        )
+        what = f"unpack and prepare {description['name']} in {store}"
+        actions.insert(0, Action(what, "it is not in the store, or not whole"))
     return actions
 
 
@@ -38,13 +38,16 @@ def apply(ctx: Context) -> str:
     description = read_description(source)
     name = str(description["name"])
     if ctx.in_place:
-        return f"{name} in place"
-    if not is_stored(ctx.layout.store, description):
-        with ctx.change("model", f"unpack {name}"):
-            stored = ctx.layout.store / store_name(description)
-            ctx.undo.append((f"remove {stored}", lambda: remove_tree(stored)))
-            unpack(source, ctx.layout.store)
+        if is_whole(ctx.layout.store, description):
+            return f"{name} in place"
+        mend(ctx, source, name)
+        return f"{name} was damaged and is whole again"
     stored = ctx.layout.store / store_name(description)
+    if not is_whole(ctx.layout.store, description):
+        with ctx.change("model", f"unpack {name}"):
+            if not stored.exists():  # else another generation links to it
+                ctx.undo.append((f"remove {stored}", lambda: remove_tree(stored)))
+            unpack(source, ctx.layout.store, anew=True)
     report = prove(ctx, str(stored))
     check_golden([int(token) for token in report["ids"]], description["golden"][0])
     ctx.sentence = description["golden"][0]["prompt"] + report["text"]
@@ -54,6 +57,14 @@ def apply(ctx: Context) -> str:
             link.unlink(missing_ok=True)
             link.symlink_to(target)
     return name
+
+
+def mend(ctx: Context, source: Path, name: str) -> None:
+    """Put a damaged model's store right under the generation that links to it; the server maps it anew."""
+    with ctx.change("model", f"unpack {name} anew"):
+        stored = unpack(source, ctx.layout.store, anew=True)
+        prove(ctx, str(stored))
+    ctx.restart_due = True
 
 
 def prove(ctx: Context, model_dir: str) -> dict[str, Any]:

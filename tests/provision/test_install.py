@@ -167,6 +167,23 @@ def test_no_compiler_unknown_distribution_no_network(box: Box, tmp_path: Path) -
     refused(box, words="no compiler")
 
 
+@pytest.mark.parametrize("name", ["model.h1b", "model.halo", "model.halo.sha256"])
+def test_damaged_store_is_mended_and_then_left_alone(installed: Box, bundle: Path, name: str) -> None:
+    """A flipped byte on the disk: the same size, other tokens."""
+    generation = current(installed)
+    assert generation is not None
+    path = (generation / "models/default").resolve() / name
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    mended = installed.install("--bundle", str(bundle))
+    assert mended.code == 0 and "whole again" in mended.out, mended.out + mended.err
+    path = (generation / "models/default").resolve() / name
+    assert path.read_bytes() == whole and current(installed) == generation
+    again = installed.install("--bundle", str(bundle))
+    assert again.code == 0 and "no change" in again.out
+
+
 def test_damaged_model(box: Box, tmp_path: Path, bundle: Path) -> None:
     bad = Path(shutil.copytree(box.clone / "engine/models/demo", tmp_path / "bad"))
     (bad / "model.h1b.xz").write_bytes((bad / "model.h1b.xz").read_bytes()[:-40])
