@@ -28,12 +28,26 @@ def preflight(
 ) -> list[Finding]:
     """What stands in the way of an install: root causes only, the gravest first. Pure.
 
+    See `preflight_folded`, which also says what follows from each.
+    """
+    return list(preflight_folded(seen, profile, request, compile_probe=compile_probe).roots)
+
+
+def preflight_folded(
+    seen: Facts,
+    profile: Profile,
+    request: Request | None = None,
+    *,
+    compile_probe: CompileProbe | None = None,
+) -> Folded:
+    """What stands in the way of an install, with the consequences of each root cause under it. Pure.
+
     A finding of severity fail means refuse; warn means say and go on. For strix-halo, pass the result of
     `probes.probe_compile(seen)` so that ROCm is judged by a compile and not by a version.
     """
     case = Case(seen, profile, request or Request(), compile_probe=compile_probe)
     outcomes = run_checks(case, (check for check in CHECKS if check.preflight))
-    return list(fold(finding for outcome in outcomes for finding in outcome.findings).roots)
+    return fold(finding for outcome in outcomes for finding in outcome.findings)
 
 
 def resolve_profile(wanted: str, seen: Facts) -> tuple[Profile, list[Finding]]:

@@ -57,12 +57,14 @@ class Screen:
         self._open = False
         return seconds
 
-    def note(self, symbol: str, text: str, hint: str = "") -> None:
-        """A line within a step, with its hint below."""
+    def note(self, symbol: str, text: str, hint: str = "", follows: str = "") -> None:
+        """A line within a step, with its hint below, and what follows from it."""
         self._break()
         self._write(f"      {self.mark(symbol)} {text}\n")
         if hint:
             self._write(f"        hint: {hint}\n")
+        if follows:
+            self._write(f"        so also: {follows}\n")
 
     def mark(self, symbol: str) -> str:
         """The symbol as this stream can show it."""

@@ -71,7 +71,7 @@ def has_prebuilt(ctx: Context) -> bool:
 def judge(ctx: Context) -> None:
     """Let the checks judge the facts of the box: print each finding, refuse on a failing one."""
     from checks.case import RUN_BYTES, Request
-    from checks.doctor import preflight, resolve_profile
+    from checks.doctor import preflight_folded, resolve_profile
     from checks.facts import gather
     from checks.probes import probe_compile
 
@@ -90,19 +90,22 @@ def judge(ctx: Context) -> None:
         port_ours=own_server(ctx),
     )
     probed = probe_compile(facts) if profile == "strix-halo" else None
-    findings = [*notes, *preflight(facts, profile, request, compile_probe=probed)]
-    refuse(ctx, [finding for finding in findings if not cured(ctx, finding.id)])
+    folded = preflight_folded(facts, profile, request, compile_probe=probed)
+    findings = [finding for finding in (*notes, *folded.roots) if not cured(ctx, finding.id)]
+    refuse(ctx, findings, folded.consequences)
 
 
-def refuse(ctx: Context, findings: list[Finding]) -> None:
-    """Print each finding with its cure; raise HaloError when one of them is a failure."""
+def refuse(ctx: Context, findings: list[Finding], consequences: dict[str, tuple[str, ...]]) -> None:
+    """Print each finding with its cure and what follows from it; raise HaloError when one is a failure."""
     refusals = []
     for finding in findings:
         hint = finding.fix.describe() if finding.fix is not None else finding.hint
-        ctx.log.write(f"FINDING {finding.id} {finding.severity}: {finding.title} {list(finding.evidence)}")
+        follows = ", ".join(consequences.get(finding.id, ()))
+        evidence = f"{list(finding.evidence)} so also: {follows or 'nothing'}"
+        ctx.log.write(f"FINDING {finding.id} {finding.severity}: {finding.title} {evidence}")
         if finding.severity == "fail":
             refusals.append(finding)
-            ctx.screen.note(CROSS, f"{finding.title} [{finding.id}]", hint)
+            ctx.screen.note(CROSS, f"{finding.title} [{finding.id}]", hint, follows)
         elif finding.severity == "warn":
             ctx.warn(f"{finding.title} [{finding.id}]", hint)
     if refusals:

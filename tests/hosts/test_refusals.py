@@ -138,6 +138,7 @@ def test_strix_halo_profile_names_each_failing_thing(host: Host) -> None:
     result = refused(host, "--bundle", "bundle", "--profile", "strix-halo")
     old_kernel = ["kernel.too-old"] if int(os.uname().release.split(".")[0]) < 7 else []
     assert box.findings(result) == ["gpu.absent", *old_kernel, "rocm.absent"]
+    assert "so also: npu.module-absent, npu.absent" in result.out
 
 
 def test_the_box_still_takes_an_install(host: Host) -> None:
