@@ -25,7 +25,7 @@ def plan(ctx: Context) -> list[Action]:
         if os.geteuid() == 0 and manager is not None:
             actions.append(Action(install_command(ctx.missing, manager), why))
         else:
-            what = "unpack a C++ compiler, CMake and Ninja from wheels, for this build only (it takes minutes)"
+            what = "unpack a C++ compiler, CMake and Ninja from wheels, for this build only (minutes)"
             actions.append(Action(what, why))
     return actions
 
