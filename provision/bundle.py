@@ -16,9 +16,11 @@ from typing import Any, Final
 from engine.errors import HaloError
 from provision.files import copy_files, remove_tree, sha256_file, source_files
 from provision.generations import SOURCE_NAMES, source_sha256, version_of
+from provision.layout import source_root
 from provision.model_source import DEMO_MODEL, model_source
 from provision.render import TICK, Screen
 from provision.run import Log, failure, run
+from provision.signals import ending_signals
 from provision.toolchain import LIBRARY, Toolchain, build_native, system_toolchain, wheel_toolchain
 from provision.venv import VERSIONS, base_interpreter, install, probe
 
@@ -61,7 +63,6 @@ def configure_bundle(parser: ArgumentParser) -> None:
 
 def run_bundle(args: Namespace) -> int:
     """Make a bundle of the source that runs, for this machine's architecture."""
-    from provision.install import signals, source_root
 
     source = source_root()
     machine = platform.machine()
@@ -70,7 +71,7 @@ def run_bundle(args: Namespace) -> int:
     screen, log = Screen(), Log.temporary("bundle")
     staging = Path(tempfile.mkdtemp(prefix=".halo-bundle-", dir=output.parent))
     try:
-        with signals():
+        with ending_signals():
             fill(staging, source, pythons, machine, screen, log, args.wheel_dir)
             screen.begin(4, 4, "pack")
             partial = staging.with_suffix(".tar.tmp")

@@ -88,7 +88,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 def version() -> str:
     """The version of the source that runs."""
     from provision.generations import version_of
-    from provision.install import source_root
+    from provision.layout import source_root
 
     return version_of(source_root())
 

@@ -7,15 +7,12 @@ import errno
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
 from engine.errors import HaloError
 from provision import generations
@@ -26,6 +23,7 @@ from provision.journal import Journal, locked, recover
 from provision.layout import Layout, places, resolve_layout
 from provision.render import CROSS, TICK, WARN, Screen
 from provision.run import Log
+from provision.signals import ending_signals
 from provision.steps import activate, engine, model, packages, preflight, units, verify
 
 STEPS: Final = (
@@ -37,10 +35,6 @@ STEPS: Final = (
     ("activate", activate),
     ("verify", verify),
 )
-
-
-class Terminated(SystemExit):
-    """SIGTERM or SIGHUP: clean up as after any failure, and exit with 128 + the signal."""
 
 
 def configure_install(parser: ArgumentParser) -> None:
@@ -65,11 +59,6 @@ def run_install(args: Namespace) -> int:
     """Install, or with --dry-run say what an install would do."""
     ctx = make_context(args)
     return run_plan(ctx, as_json=args.json) if args.dry_run else run_steps(ctx, ask=not args.yes)
-
-
-def source_root() -> Path:
-    """The source that this process runs from: a clone, an unpacked bundle or a generation."""
-    return Path(__file__).resolve().parent.parent
 
 
 def make_context(args: Namespace) -> Context:
@@ -142,7 +131,7 @@ def run_steps(ctx: Context, *, ask: bool) -> int:
         ctx.screen.line("nothing was changed")
         return 0
     fresh = Footprint(ctx.layout)
-    with signals():
+    with ending_signals():
         try:
             with contextlib.ExitStack() as stack:
                 begin_run(ctx, stack)
@@ -277,21 +266,6 @@ def confirmed(ctx: Context) -> bool:
     ctx.screen.line(f"This makes generation {ctx.name} in {ctx.layout.prefix} and makes it current.")
     answer = input("Go on? [Y/n] ").strip().lower()
     return answer in ("", "y", "yes")
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like an exception, so that what was begun is undone."""
-
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
-        raise Terminated(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summary(ctx: Context, seconds: dict[str, float]) -> None:

@@ -13,6 +13,11 @@ Scope = Literal["user", "system"]
 HOME_ROOTS: Final = (Path("/root"), Path("/home"), Path("/run/user"))
 
 
+def source_root() -> Path:
+    """The source that this process runs from: a clone, an unpacked bundle or a generation."""
+    return Path(__file__).resolve().parent.parent
+
+
 @dataclass(frozen=True)
 class Layout:
     """The places of one installation; `standard` unless the owner moved them with --prefix."""
