@@ -6,22 +6,14 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from engine.atomic import fsync_directory, replacing
+
 CHUNK: Final = 1 << 20
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def atomic_write(path: Path, data: bytes | str, mode: int = 0o644) -> None:
@@ -30,18 +22,8 @@ def atomic_write(path: Path, data: bytes | str, mode: int = 0o644) -> None:
     A reader sees the old bytes or the new ones. Nothing with a wider mode than `mode` ever exists.
     """
     content = data.encode() if isinstance(data, str) else data
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+    with replacing(path, mode) as stream:
+        stream.write(content)
 
 
 def atomic_symlink(link: Path, target: str) -> None:

@@ -20,7 +20,7 @@ from provision.context import Action, Context
 from provision.desired import PROFILES, format_listen, load_desired, parse_listen
 from provision.files import remove_if_empty, remove_tree
 from provision.journal import Journal, locked, recover
-from provision.layout import Layout, places, resolve_layout
+from provision.layout import Layout, places, resolve_layout, source_root
 from provision.render import CROSS, TICK, WARN, Screen
 from provision.run import Log
 from provision.signals import ending_signals

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.atomic import fsync_directory
 from engine.errors import HaloError
-from provision.files import fsync_directory, remove_tree
+from provision.files import remove_tree
 from provision.generations import MANIFEST, current_id
 from provision.layout import Layout
 

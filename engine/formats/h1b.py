@@ -9,15 +9,13 @@ misread.
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import numpy as np
 
+from engine.atomic import replacing
 from engine.errors import HaloError
 from engine.model import Layer, Model, ModelConfig, Ternary
 
@@ -203,18 +201,8 @@ def write_h1b(path: Path, model: Model, version: int = 2) -> None:
     _check_shapes(model)
     if version not in (1, 2):
         raise HaloError(f"halo writes .h1b versions 1 and 2, not {version}.", hint="leave the version out")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_body(file, model, version)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    with replacing(path) as file:
+        _write_body(file, model, version)
 
 
 def _write_body(file: BinaryIO, model: Model, version: int) -> None:

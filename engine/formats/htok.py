@@ -8,15 +8,13 @@ real bytes.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from engine.atomic import replacing
 from engine.errors import HaloError
 
 MAGIC: Final = b"HTOK"
@@ -170,18 +168,8 @@ def write_htok(path: Path, vocabulary: Vocabulary, version: int = 2) -> None:
     if problem:
         raise HaloError(f"The vocabulary cannot be written: {problem}.", hint="check what built it")
     data = _encode(vocabulary, version)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _encode(vocabulary: Vocabulary, version: int) -> bytes:

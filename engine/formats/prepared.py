@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import numpy as np
 
+from engine.atomic import replacing
 from engine.errors import HaloError
 from engine.formats.h1b import unpack_codes
 from engine.model import Model, ModelConfig, Ternary
@@ -135,36 +133,16 @@ def prepare(model: Model, path: Path) -> None:
     path = Path(path)
     model.config.validate()
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as file:
             _write(file, model)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            Path(temporary).unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> HaloError:
     return HaloError(
         f"The prepared model {path} cannot be written: {error.strerror}.", hint=f"df -h {path.parent}"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(file: BinaryIO, model: Model) -> None:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
+from engine.atomic import fsync_directory, replacing
 from engine.errors import HaloError
 
 _CHUNK: Final = 1 << 20
@@ -71,13 +72,9 @@ def is_whole(store: Path, description: dict[str, Any]) -> bool:
 
 def seal(directory: Path) -> None:
     """Write down the hash of the prepared file beside it, so that later damage can be seen."""
-    staging = directory / f".{SEAL}.{os.getpid()}.tmp"
-    with staging.open("w") as stream:
-        stream.write(_sha256(directory / PREPARED) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    staging.replace(directory / SEAL)
-    _fsync_directory(directory)
+    digest = _sha256(directory / PREPARED)
+    with replacing(directory / SEAL) as stream:
+        stream.write(f"{digest}\n".encode())
 
 
 def _sha256(path: Path) -> str:
@@ -110,14 +107,14 @@ def unpack(source: Path, store: Path, *, anew: bool = False) -> Path:
         for name, facts in description["files"].items():
             _unpack_file(source, name, staging / name, facts)
         _copy_companions(source, staging, description)
-        _fsync_directory(staging)
+        fsync_directory(staging)
         if final.exists():
             shutil.rmtree(final)
         staging.rename(final)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _fsync_directory(store)
+    fsync_directory(store)
     return final
 
 
@@ -154,11 +151,3 @@ def _copy_companions(source: Path, staging: Path, description: dict[str, Any]) -
         if path.is_file() and not packed_model and path.name not in (*description["files"], _DESCRIPTION):
             shutil.copyfile(path, staging / path.name)
     shutil.copyfile(source / _DESCRIPTION, staging / _DESCRIPTION)
-
-
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
