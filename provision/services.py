@@ -158,12 +158,12 @@ def _reason(operations: list[Operation], result: Result, log: Log) -> str:
 
 
 def _hint(operations: list[Operation]) -> str:
+    """What to look at: the units' journal for units, the log of this run for everything else."""
     user = any(operation.get("user") for operation in operations)
-    return (
-        f"journalctl {'--user ' if user else ''}-u {SOCKET} -u {SERVICE} -n 30"
-        if user or os.geteuid() == 0
-        else "see the log"
-    )
+    units = any(operation["op"] == "service" for operation in operations)
+    if units and (user or os.geteuid() == 0):
+        return f"journalctl {'--user ' if user else ''}-u {SOCKET} -u {SERVICE} -n 30"
+    return "see the log; run it again when that is mended"
 
 
 def lingers() -> bool:

@@ -76,7 +76,10 @@ def install_system(ctx: Context, manager: Manager) -> None:
     with ctx.change("packages", f"{manager.name} install {' '.join(names)}", packages=names):
         operation = {"op": "packages", "manager": manager.name, "names": names}
         operation["what"] = f"install {' '.join(names)} with {manager.name}"
-        services.perform(ctx.venv_python, [operation], ctx.log, ctx.screen.tick)
+        try:
+            services.perform(ctx.venv_python, [operation], ctx.log, ctx.screen.tick)
+        except HaloError as error:
+            raise HaloError(error.message, hint=install_command(ctx.missing, manager)) from error
     ctx.tools, missing = toolchain.system_toolchain()
     if missing:
         raise HaloError(

@@ -52,7 +52,13 @@ def test_broken_rocm_is_a_finding_of_its_own(forky: Host, part: str) -> None:
     assert any(name.startswith("rocm.") for name in box.findings(result))
 
 
-def test_installs_for_the_cpu_on_python_3_14(forky: Host) -> None:
-    """The newest Debian, its Python and its systemd take the same install in its plan."""
-    shown = box.install(forky, "--profile", "cpu", "--dry-run")
-    assert "plan for generation" in shown.out
+def test_installs_for_the_cpu_on_python_3_14(bridge: Bridge, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest Debian, its Python and its systemd take the whole install, and the doctor finds it well."""
+    with hosts.launch(bridge, roots.root(roots.FORKY_ROCM), online=True) as host:
+        box.carry_source(host)
+        done = box.install(host, "--profile", "cpu")
+        with capsys.disabled():
+            print(f"\n  forky, Python 3.14, {done.seconds:.1f} s: {box.decoded(done.out)}")
+        assert "Python 3.14" in done.out and box.has_words(box.decoded(done.out))
+        examined = host.run(box.SYSTEM.halo("doctor"), check=False)
+        assert examined.code == 0, examined
