@@ -114,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. No traceback without --debug."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = dispatch(words)
-        sys.stdout.flush()
-        return code
+        try:
+            return dispatch(words)
+        finally:
+            sys.stdout.flush()  # here, where a reader that went away is handled; --help leaves by SystemExit
     except HaloError as error:
         if "--debug" in words:
             raise
