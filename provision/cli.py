@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away; closing stdout again at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a bug of ours: still a sentence, and the way to see where
         if "--debug" in words:
             raise
         print(

@@ -46,6 +46,7 @@ class Context:
     source_sha256: str = ""
     name: str = ""
     in_place: bool = False
+    namespaces: bool = True
     begun: bool = False
     missing: tuple[str, ...] = ()
     tools: Toolchain | None = None

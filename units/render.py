@@ -14,18 +14,29 @@ SOCKET: Final = "halo-server.socket"
 SERVICE: Final = "halo-server.service"
 UNIT_NAMES: Final = (SOCKET, SERVICE)
 CREDENTIAL: Final = "api-keys"
+# What the kernel does with namespaces. Where a user may make none, systemd could not start a unit with these.
+_NEEDS_NAMESPACES: Final = (
+    "PrivateUsers=", "PrivateTmp=", "PrivateNetwork=", "PrivateIPC=", "PrivateDevices=", "ProtectSystem=",
+    "ProtectHome=", "ProtectProc=", "ProcSubset=", "ProtectClock=", "ProtectHostname=",
+    "ProtectKernelModules=", "ProtectKernelTunables=", "ProtectControlGroups=", "DevicePolicy=",
+    "DeviceAllow=", "CapabilityBoundingSet=",  # without a user namespace a user may not drop from it
+)  # fmt: skip
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
 class UnitContext:
-    """What the units depend on: `listen` is ADDR:PORT, `api_keys` the hashed keys (None on loopback)."""
+    """What the units depend on: `listen` is ADDR:PORT, `api_keys` the hashed keys (None on loopback).
+
+    `namespaces` is False where a user's systemd may make none; the unit then has what works without them.
+    """
 
     scope: Literal["system", "user"]
     profile: Literal["cpu", "strix-halo"]
     prefix: Path
     listen: str
     api_keys: Path | None = None
+    namespaces: bool = True
 
 
 def render_units(context: UnitContext) -> dict[str, str]:
@@ -40,7 +51,13 @@ def render_units(context: UnitContext) -> dict[str, str]:
         "deny_write_execute": "no" if context.profile == "strix-halo" else "yes",
         **_scope_values(context),
     }
-    return {name: Template((_TEMPLATES / name).read_text()).substitute(values) for name in UNIT_NAMES}
+    texts = {name: Template((_TEMPLATES / name).read_text()).substitute(values) for name in UNIT_NAMES}
+    return texts if context.namespaces else {name: _without_namespaces(text) for name, text in texts.items()}
+
+
+def _without_namespaces(text: str) -> str:
+    """The unit less every setting that a mount, user, network or host name namespace is made for."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(_NEEDS_NAMESPACES))
 
 
 def wants_directory(name: str, scope: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from engine.errors import HaloError
 from engine.formats.store import read_description, store_name
-from provision import endpoint, generations, toolchain
+from provision import endpoint, generations, services, toolchain
 from provision.bundle import prebuilt_library
 from provision.context import Action, Context
 from provision.distro import detect_manager, distribution, install_command
@@ -16,7 +16,6 @@ from provision.files import nearest_existing
 from provision.layout import in_a_home
 from provision.model_source import model_source
 from provision.render import CROSS
-from provision.services import is_active
 from provision.venv import choose_interpreter, pip_command
 from units.render import SOCKET, UnitContext, render_units
 
@@ -49,6 +48,9 @@ def identify(ctx: Context) -> None:
     ctx.version = generations.version_of(ctx.source)
     ctx.source_sha256 = generations.source_sha256(ctx.source)
     units = "units" if desired.units else "no units"
+    ctx.namespaces = not desired.units or services.makes_namespaces(layout.scope)
+    if not ctx.namespaces:
+        units = "units without namespaces"
     declared = (
         ctx.profile,
         layout.scope,
@@ -159,7 +161,7 @@ def own_server(ctx: Context) -> bool:
     manifest = generations.read_manifest(ctx.layout.generation(name)) or {}
     if manifest.get("listen") != ctx.desired.listen:
         return False
-    if shutil.which("systemctl") and is_active(ctx.layout.scope, SOCKET):
+    if shutil.which("systemctl") and services.is_active(ctx.layout.scope, SOCKET):
         return True
     answer = endpoint.health(ctx.desired.listen)
     return answer is not None and ctx.layout.generation(str(answer["generation"])).is_dir()

@@ -44,7 +44,13 @@ def apply(ctx: Context) -> str:
         prefix=ctx.layout.prefix,
         listen=ctx.desired.listen,
         api_keys=ctx.layout.api_keys_hashed if keyed else None,
+        namespaces=ctx.namespaces,
     )
+    if not ctx.namespaces:
+        ctx.warn(
+            "This machine lets no user make namespaces, so the service gets a weaker sandbox.",
+            "install for the whole machine to have the full one: sudo python3 install.py --scope system",
+        )
     with ctx.change("units", f"complete generation {ctx.name}"):
         for name, text in render_units(context).items():
             (ctx.directory / "units" / name).write_text(text)

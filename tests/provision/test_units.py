@@ -81,3 +81,12 @@ def test_devices_are_for_strix_halo_alone() -> None:
 def test_prefix_that_a_unit_cannot_carry_is_refused(prefix: str) -> None:
     with pytest.raises(HaloError, match="letter"):
         render_units(UnitContext("user", "cpu", Path(prefix), "127.0.0.1:8180"))
+
+
+def test_without_namespaces_what_needs_none_stays() -> None:
+    """Where a user may make no namespaces the service must start, and keep the walls that need none."""
+    context = UnitContext("user", "cpu", Path("/opt/halo"), "127.0.0.1:8180", None, namespaces=False)
+    service = render_units(context)[SERVICE]
+    settings = {line.partition("=")[0] for line in service.splitlines()}
+    assert not {name for name in settings if name.startswith(("Private", "Protect", "Device", "ProcSubset"))}
+    assert {"NoNewPrivileges", "SystemCallFilter", "RestrictNamespaces", "MemoryDenyWriteExecute"} <= settings
