@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -200,6 +201,8 @@ def main(argv: list) -> int:
             raise Refusal(
                 "There is no bundle %s." % bundle, "ls -l %s; make one with: halo bundle -o FILE" % bundle
             )
+        # SIGTERM unwinds, so that the unpacked bundle goes too.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         directory = tempfile.mkdtemp(prefix="halo-bundle-")
         try:
             unpack(bundle, directory)

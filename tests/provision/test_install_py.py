@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -165,3 +166,19 @@ def test_absent_bundle(tmp_path: Path) -> None:
     argv = [sys.executable, str(SCRIPT), "--bundle", str(tmp_path / "none")]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "There is no bundle" in done.stderr
+
+
+def test_sigterm_leaves_no_unpacked_bundle(tmp_path: Path) -> None:
+    """An installer that is stopped early must not fill /tmp with a copy of the bundle."""
+    waits = b"import time\n\n\ndef main(argv):\n    print('here', flush=True)\n    time.sleep(60)\n"
+    members = {"provision/__init__.py": b"", "provision/cli.py": waits, "engine/errors.py": b""}
+    bundle = make_bundle(tmp_path / "bundle", members)
+    place = tmp_path / "tmp"
+    place.mkdir()
+    argv = [sys.executable, str(SCRIPT), "--bundle", str(bundle)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(place)}) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"here\n"
+        assert len(list(place.iterdir())) == 1
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    assert list(place.iterdir()) == []
