@@ -58,6 +58,7 @@ COMMANDS: Final = (
     Command("generate", "continue a prompt", "engine.commands", "configure_generate", "run_generate"),
     Command("chat", "talk to the model", "engine.commands", "configure_chat", "run_chat"),
     Command("serve", "serve the OpenAI API", "engine.commands", "configure_serve", "run_serve"),
+    Command("ppl", "measure the perplexity of a text", "engine.ppl_command", "configure_ppl", "run_ppl"),
 )
 
 
