@@ -1,0 +1,340 @@
+"""Import a Hugging Face BitNet checkpoint as a model directory that the store takes. Not a downloader.
+
+Weights come as float masters (quantised here as transformers does online: absmean over the tensor), as
+floats that are ternary already, or packed in U8 by row quarters. Formulas and packing:
+transformers `integrations/bitnet.py`. One tensor is held at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from engine.errors import HaloError
+from engine.formats.h1b import pack_codes, read_h1b
+from engine.formats.h1b_stream import write_h1b_stream
+from engine.formats.hf_config import HfConfig, read_config, read_object, refused
+from engine.formats.hf_tokenizer import MAX_TOKENIZER, read_tokenizer
+from engine.formats.htok import Vocabulary, write_htok
+from engine.formats.safetensors import Tensor, read_safetensors
+from engine.model import Layer, ModelConfig, Ternary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ORACLE_PARAMETERS: Final = 100_000_000
+GOLDEN_PROMPT: Final = "Once upon a time"
+GOLDEN_TOKENS: Final = 32
+MAX_INDEX: Final = 64 << 20
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+EMBEDDING: Final = "model.embed_tokens.weight"
+FINAL_NORM: Final = "model.norm.weight"
+_FETCH: Final = "fetch the checkpoint again, or ask its publisher"
+_FORMS: Final = {
+    "packed": "were packed in U8 and are taken as they are",
+    "ternary": "were ternary already: taken as they are with max|w| as scale, not quantised a second time",
+    "masters": "were float masters: quantised by absmean",
+}
+NORMS: Final = (
+    ("input_norm", "input_layernorm"),
+    ("post_attn_norm", "post_attention_layernorm"),
+    ("attn_sub_norm", "self_attn.attn_sub_norm"),
+    ("ffn_sub_norm", "mlp.ffn_sub_norm"),
+)
+
+
+@dataclass
+class ImportReport:
+    """What an import did: the directory, its model.json, and sentences that the person should read."""
+
+    directory: Path
+    description: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def import_checkpoint(source: Path, destination: Path, name: str | None = None) -> ImportReport:
+    """Write model.h1b, tokenizer.htok and model.json of the checkpoint `source` into a new `destination`.
+
+    The directory appears whole or not at all. Raises HaloError where the checkpoint is damaged, is of an
+    architecture that the engine does not run, or cannot be written.
+    """
+    source, destination = Path(source), Path(destination)
+    name = name or source.resolve().name.lstrip(".") or "model"
+    if "/" in name or not name.isprintable() or name.startswith("."):
+        raise HaloError(f"{name!r} cannot be a model's name.", hint="use letters, digits, dots and dashes")
+    if destination.exists():
+        raise HaloError(f"{destination} exists already.", hint="name a directory that does not exist")
+    config = read_config(source)
+    vocabulary = read_tokenizer(source, config)
+    tensors, shards = open_tensors(source)
+    staging = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        report = _write(staging, _Weights(source, config, tensors), vocabulary)
+        report.description["name"] = name
+        report.description["source"] = _hashes(source, shards)
+        report.notes += _template_notes(source)
+        text = json.dumps(report.description, indent=1) + "\n"
+        (staging / "model.json").write_text(text, "utf-8")
+        staging.rename(destination)
+    except OSError as error:
+        raise HaloError(
+            f"The model cannot be written to {destination}: {error.strerror}.",
+            hint=f"df -h {destination.parent}",
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    report.directory = destination
+    return report
+
+
+def open_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of a checkpoint, mapped, and the names of its files: one, or an index with shards."""
+    if (directory / SINGLE).exists() or not (directory / INDEX).exists():
+        return read_safetensors(directory / SINGLE), [SINGLE]
+    index = directory / INDEX
+    placed = read_object(index, MAX_INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not all(_is_shard(file) for file in placed.values()):
+        raise HaloError(f"{index} does not name the file of each tensor.", hint=_FETCH)
+    shards = sorted(set(placed.values()))
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        held = read_safetensors(directory / shard)
+        named = {name for name, file in placed.items() if file == shard}
+        if held.keys() != named:
+            odd = min(held.keys() ^ named)
+            what = "holds" if odd in held else "lacks"
+            raise HaloError(f"{directory / shard} {what} the tensor {odd}, against the index.", hint=_FETCH)
+        tensors |= held
+    return tensors, shards
+
+
+def _is_shard(file: object) -> bool:
+    """A plain file name: an index must not lead out of its own directory."""
+    return isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
+
+
+class _Weights:
+    """The tensors of a checkpoint under the names and in the form that the engine has."""
+
+    def __init__(self, source: Path, config: HfConfig, tensors: dict[str, Tensor]) -> None:
+        self.source, self.config, self.tensors = source, config, tensors
+        self.forms: Counter[str] = Counter()
+        _check_names(source / "config.json", config.model, tensors)
+
+    def shaped(self, name: str, *shape: int) -> Tensor:
+        tensor = self.tensors[name]
+        if tensor.shape != shape:
+            raise HaloError(
+                f"The tensor {name} is {list(tensor.shape)}; config.json asks for {list(shape)}.", hint=_FETCH
+            )
+        return tensor
+
+    def blocks(self, name: str, *shape: int) -> Iterator[NDArray[np.float32]]:
+        for block in self.shaped(name, *shape).blocks():
+            if not np.isfinite(block).all():
+                raise HaloError(f"The tensor {name} holds a number that is not finite.", hint=_FETCH)
+            yield block
+
+    def vector(self, name: str, size: int) -> NDArray[np.float32]:
+        return np.concatenate([np.zeros(0, np.float32), *self.blocks(name, size)])
+
+    def layers(self) -> Iterator[Layer]:
+        model = self.config.model
+        for index in range(model.num_layers):
+            prefix = f"model.layers.{index}"
+            sizes = (*[model.hidden_size] * 3, model.intermediate_size)
+            parts: dict[str, Any] = {
+                norm: self.vector(f"{prefix}.{name}.weight", size)
+                for (norm, name), size in zip(NORMS, sizes, strict=True)
+            }
+            parts |= {
+                part: self.matrix(projection(index, part), rows, cols)
+                for part, rows, cols in model.projections()
+            }
+            yield Layer(**parts)
+
+    def matrix(self, name: str, rows: int, cols: int) -> Ternary:
+        tensor, scale = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.weight_scale")
+        if tensor.dtype == "U8":
+            form, codes, value = "packed", *self.packed(name, rows, cols)
+        elif scale is not None:
+            form, codes, value = "ternary", *self.unpacked(name, rows, cols)
+        elif self.config.mode == "offline":
+            raise HaloError(
+                f"{name}.weight has no weight_scale, and the checkpoint says that it is quantised (offline).",
+                hint=_FETCH,
+            )
+        else:
+            form, codes, value = self.quantised(name, rows, cols)
+        self.forms[form] += 1
+        return Ternary(pack_codes(codes), np.full(rows, value, dtype=np.float32), cols)
+
+    def scale(self, name: str) -> np.float32:
+        """The factor of a matrix from its weight_scale, which linear_class bitlinear stores as an inverse."""
+        stored = self.vector(f"{name}.weight_scale", 1)[0]
+        with np.errstate(divide="ignore", over="ignore"):
+            value = np.float32(1) / stored if self.config.inverse else stored
+        if not (np.isfinite(value) and value > 0):
+            raise HaloError(f"The scale {name}.weight_scale is {stored}; it must be above zero.", hint=_FETCH)
+        return np.float32(value)
+
+    def packed(self, name: str, rows: int, cols: int) -> tuple[NDArray[np.uint8], np.float32]:
+        """Row R is in packed row R mod (rows / 4), bits 2 (R div (rows / 4)); codes 0, 1, 2."""
+        if f"{name}.weight_scale" not in self.tensors:
+            raise HaloError(f"The packed {name}.weight has no weight_scale.", hint=_FETCH)
+        if rows % 4:
+            raise HaloError(f"{name} has {rows} rows, which do not pack by quarters.", hint=_FETCH)
+        raw = self.shaped(f"{name}.weight", rows // 4, cols).codes()
+        codes = np.concatenate([raw >> shift & 3 for shift in (0, 2, 4, 6)])
+        unused = np.flatnonzero((codes == 3).any(axis=1))
+        if len(unused):
+            raise HaloError(f"{name}.weight has the unused weight code 3 in row {unused[0]}.", hint=_FETCH)
+        return codes, self.scale(name)
+
+    def unpacked(self, name: str, rows: int, cols: int) -> tuple[NDArray[np.uint8], np.float32]:
+        """Floats beside a weight_scale: what transformers saves of a packed model that it has unpacked."""
+        if self.config.inverse:
+            raise HaloError(
+                f"{name}.weight is of floats beside a weight_scale, which linear_class bitlinear never is.",
+                hint=_FETCH,
+            )
+        peak, least, _ = self.magnitudes(name, rows, cols)
+        if peak not in (least, 0):
+            raise HaloError(f"{name}.weight has a weight_scale, but is not ternary.", hint=_FETCH)
+        return self.signs(name, rows, cols), np.float32((peak or 1) * self.scale(name))
+
+    def quantised(self, name: str, rows: int, cols: int) -> tuple[str, NDArray[np.uint8], np.float32]:
+        """s = 1 / max(mean|W|, 1e-5); q = clamp(round_half_even(W s), -1, 1); scale max(mean|W|, 1e-5).
+
+        The mean is summed in float64 and rounded once. On weights that are ternary already the formula would
+        shrink the scale by the share of non-zeros, so of those the largest magnitude is the scale.
+        """
+        peak, least, total = self.magnitudes(name, rows, cols)
+        if peak == least:
+            return "ternary", self.signs(name, rows, cols), peak
+        mean = np.maximum(np.float32(total / (rows * cols)), np.float32(1e-5))
+        s = np.float32(1) / mean
+        quantised = [
+            (np.clip(np.rint(block * s), -1, 1) + 1).astype(np.uint8)
+            for block in self.blocks(f"{name}.weight", rows, cols)
+        ]
+        return "masters", np.concatenate(quantised), mean
+
+    def magnitudes(self, name: str, rows: int, cols: int) -> tuple[np.float32, np.float32, float]:
+        """(the largest |w|, the least |w| above zero, the sum of all |w|)."""
+        peak, least, total = np.float32(0), np.float32(np.inf), 0.0
+        for block in self.blocks(f"{name}.weight", rows, cols):
+            size = np.abs(block)
+            peak = max(peak, size.max())
+            least = min(least, np.min(size, where=size > 0, initial=np.float32(np.inf)))
+            total += float(size.sum(dtype=np.float64))
+        return peak, least, total
+
+    def signs(self, name: str, rows: int, cols: int) -> NDArray[np.uint8]:
+        return np.concatenate(
+            [(np.sign(block) + 1).astype(np.uint8) for block in self.blocks(f"{name}.weight", rows, cols)]
+        )
+
+
+def projection(layer: int, part: str) -> str:
+    """The checkpoint's name of a projection, without `.weight`."""
+    return f"model.layers.{layer}.{'self_attn' if part in 'qkvo' else 'mlp'}.{part}_proj"
+
+
+def _check_names(path: Path, model: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Exactly the tensors of the architecture; a matrix may have a weight_scale beside it."""
+    if "lm_head.weight" in tensors:
+        raise refused(path, "it has an output head of its own (lm_head.weight), so the head is untied")
+    matrices = [projection(i, part) for i in range(model.num_layers) for part, _, _ in model.projections()]
+    wanted = {EMBEDDING, FINAL_NORM, *(f"{name}.weight" for name in matrices)}
+    wanted |= {f"model.layers.{i}.{name}.weight" for i in range(model.num_layers) for _, name in NORMS}
+    missing = sorted(wanted - tensors.keys())
+    extra = sorted(tensors.keys() - wanted - {f"{name}.weight_scale" for name in matrices})
+    if missing:
+        why = "it has no sub-norms" if any("sub_norm" in name for name in missing) else "it is incomplete"
+        raise refused(path, f"{why}; {len(missing)} tensors are missing, the first is {missing[0]}")
+    if extra:
+        raise refused(path, f"{len(extra)} tensors are not of {path.name}'s model, the first is {extra[0]}")
+
+
+def _write(staging: Path, weights: _Weights, vocabulary: Vocabulary) -> ImportReport:
+    model = weights.config.model
+    write_h1b_stream(
+        staging / "model.h1b",
+        model,
+        weights.blocks(EMBEDDING, model.vocab_size, model.hidden_size),
+        weights.vector(FINAL_NORM, model.hidden_size),
+        weights.layers(),
+    )
+    write_htok(staging / "tokenizer.htok", vocabulary)
+    notes = [
+        f"{weights.forms[form]} matrices {what}." for form, what in _FORMS.items() if weights.forms[form]
+    ]
+    golden, note = _golden(staging, model, vocabulary)
+    description = {
+        "schema": 1,
+        "name": "",
+        "files": {file: _facts(staging / file) for file in ("model.h1b", "tokenizer.htok")},
+        "chat_template": "bitnet",
+        "context": model.max_seq_len,
+        "golden": golden,
+        "licence": "see the model's own",
+    }
+    return ImportReport(staging, description, [*notes, *note])
+
+
+def _golden(
+    directory: Path, model: ModelConfig, vocabulary: Vocabulary
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Greedy ids by the oracle, where the model is small enough for it; else none, and a sentence."""
+    from engine.chat import stop_ids
+    from engine.reference import Reference
+    from engine.tokenizer import Tokenizer
+
+    size = model.vocab_size * model.hidden_size
+    size += model.num_layers * sum(rows * cols for _, rows, cols in model.projections())
+    if size >= ORACLE_PARAMETERS:
+        return [], [f"No golden tokens: the oracle is too slow for {size / 1e6:.0f} M parameters."]
+    tokenizer = Tokenizer(vocabulary)
+    prompt = [vocabulary.bos, *tokenizer.encode(GOLDEN_PROMPT)]
+    count = min(GOLDEN_TOKENS, model.max_seq_len - len(prompt))
+    if count < 1:
+        return [], ["No golden tokens: the context is too short for a prompt."]
+    ids = Reference(read_h1b(directory / "model.h1b")).greedy(prompt, count)
+    end = next((i for i, token in enumerate(ids) if token in stop_ids(tokenizer)), count - 1)
+    return [{"prompt": GOLDEN_PROMPT, "prompt_ids": prompt, "ids": ids[: end + 1]}], []
+
+
+def _template_notes(source: Path) -> list[str]:
+    """A sentence where the checkpoint carries a chat template that does not look like ours."""
+    path = source / "tokenizer_config.json"
+    template = read_object(path, MAX_TOKENIZER).get("chat_template") if path.exists() else None
+    if (source / "chat_template.jinja").exists():
+        template = (source / "chat_template.jinja").read_text("utf-8", "replace")
+    if isinstance(template, str) and not all(word in template for word in ("capitalize", "<|eot_id|>")):
+        return ["The checkpoint has a chat template of its own; halo uses its template bitnet instead."]
+    return []
+
+
+def _hashes(source: Path, shards: list[str]) -> dict[str, Any]:
+    """The files that were read, with size and sha256, so that another can repeat the import."""
+    files = ("config.json", "tokenizer.json", *shards)
+    return {"format": "huggingface", "files": {file: _facts(source / file) for file in files}}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
