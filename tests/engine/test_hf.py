@@ -164,13 +164,14 @@ def tokenizer_json() -> dict[str, Any]:
     split = {
         "type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False
     }  # fmt: skip
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": text, "special": True} for i, text in special.items()],
+        "added_tokens": [{"id": i, "content": text, "special": True} | flags for i, text in special.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "decoder": {"type": "ByteLevel"},
+        "decoder": level,
         "model": {
             "type": "BPE", "dropout": None, "byte_fallback": False, "ignore_merges": True,
             "vocab": {text: i for i, text in enumerate(texts)}, "merges": [list(pair) for pair in MERGES],
@@ -566,3 +567,32 @@ def test_transformers_runs_the_packed_checkpoint_as_we_do(
     median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), logits)
     print(f"median {median:.1e}, largest {largest:.1e} of the deviation of the logits")
     assert median < MEDIAN and largest < LARGEST
+
+
+def test_the_library_encodes_as_the_imported_tokenizer(tmp_path: Path, truth: Truth) -> None:
+    """The ids of huggingface/tokenizers from the same tokenizer.json, on random text of several scripts."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE)
+    import_checkpoint(source, tmp_path / "out")
+    ours = Tokenizer.from_htok(tmp_path / "out" / "tokenizer.htok")
+    theirs = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    rng = random.Random(1)
+    letters = "the on  \t\n\r123'sA.,!é中文🙂ßй\u00a0\u2003"
+    for _ in range(2000):
+        text = "".join(rng.choice(letters) for _ in range(rng.randrange(40)))
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+def test_the_command_imports_and_says_so(
+    tmp_path: Path, truth: Truth, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from provision.cli import main
+
+    source = checkpoint(tmp_path / "tiny", truth.ternary(), ONLINE)
+    arguments = ["model", "import", str(source), str(tmp_path / "out"), "--name", "mine"]
+    assert main(arguments) == 0
+    assert "not quantised a second time" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["name"] == "mine"
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert main([*arguments[:-1], "../mine"]) == 1
