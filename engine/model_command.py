@@ -5,6 +5,7 @@ Nothing heavy is imported at the top: `halo --help` reads the arguments of every
 
 from __future__ import annotations
 
+import shlex
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
@@ -27,12 +28,18 @@ def configure_model(parser: ArgumentParser) -> None:
 
 
 def run_model(args: Namespace) -> int:
-    """Import, then say what was made and what a person should know of it."""
+    """Import, prepare for the engine, then say what was made and what a person should know of it."""
+    from engine.formats.h1b import read_h1b
     from engine.formats.hf import import_checkpoint
+    from engine.formats.prepared import prepare
+    from engine.formats.store import PREPARED, seal
 
     report = import_checkpoint(args.source, args.destination, args.name)
+    prepare(read_h1b(report.directory / "model.h1b"), report.directory / PREPARED)
+    seal(report.directory)
     for name, facts in report.description["files"].items():
         print(f"{report.directory / name}: {facts['bytes']} bytes, sha256 {facts['sha256']}")
     for note in report.notes:
         print(note)
+    print(f"next: halo generate --model {shlex.quote(str(report.directory))} PROMPT")
     return EXIT_WELL

@@ -584,15 +584,23 @@ def test_the_library_encodes_as_the_imported_tokenizer(tmp_path: Path, truth: Tr
 
 
 def test_the_command_imports_and_says_so(
-    tmp_path: Path, truth: Truth, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, truth: Truth, native_library: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from engine.generate import Engine
+    from engine.sampling import SamplingParams
     from provision.cli import main
 
     source = checkpoint(tmp_path / "tiny", truth.ternary(), ONLINE)
     arguments = ["model", "import", str(source), str(tmp_path / "out"), "--name", "mine"]
     assert main(arguments) == 0
     assert "not quantised a second time" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "model.json").read_text())["name"] == "mine"
+    described = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert described["name"] == "mine"
+    with Engine.open(tmp_path / "out", library=native_library) as engine:
+        golden = described["golden"][0]
+        params = SamplingParams(max_tokens=len(golden["ids"]), temperature=0.0)
+        done = engine.complete(golden["prompt_ids"], params)
+    assert done.token_ids == golden["ids"], "what was imported decodes as the oracle says"
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("error: ")
     assert main([*arguments[:-1], "../mine"]) == 1
