@@ -286,5 +286,5 @@ def summary(ctx: Context, seconds: dict[str, float]) -> None:
         )
     onpath = str(ctx.layout.launcher.parent) in os.environ.get("PATH", "").split(":")
     command = "halo" if onpath and ctx.layout.launcher.is_symlink() else f"{ctx.layout.current}/bin/halo"
-    screen.line(f'next: {command} chat "How do I list files by size?"')
+    screen.line(f'next: {command} chat "How do I extract an archive with tar?"')
     ctx.log.write(f"DONE at {time.time():.0f}")
