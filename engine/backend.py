@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
 from engine.model import ModelConfig
@@ -144,7 +145,29 @@ def _thread_count(threads: int | None) -> int:
     return int(text)
 
 
-class NativeModel:
+class _Closing(ABC):
+    """What holds a handle of the library: closed at the end of a `with` block, or when it is collected."""
+
+    _handle: ctypes.c_void_p
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the handle back."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.close()
+
+
+class NativeModel(_Closing):
     """A prepared model, mapped. Close it, or use it as a context manager; its sessions may outlive it."""
 
     def __init__(self, library: ctypes.CDLL, path: Path) -> None:
@@ -199,20 +222,8 @@ class NativeModel:
             self._library.halo_model_close(self._handle)
             self._handle = _OPAQUE()
 
-    def __enter__(self) -> NativeModel:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            self.close()
-
-
-class Session:
+class Session(_Closing):
     """KV slots and the forward pass over them. One thread at a time; made by `NativeModel.session`."""
 
     def __init__(
@@ -302,15 +313,3 @@ class Session:
         if self._handle:
             self._library.halo_session_close(self._handle)
             self._handle = _OPAQUE()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            self.close()

@@ -11,7 +11,7 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from engine.errors import EXIT_COULD_NOT_RUN, EXIT_WELL, HaloError
 
@@ -221,25 +221,25 @@ def _print_stats(prompt_tokens: int, tokens: int, seconds: float) -> None:
     _note(f"prompt {prompt_tokens} tokens, generated {tokens} in {seconds:.2f} s, {rate:.1f} tokens/s")
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise ArgumentTypeError(f"{text!r} is no whole number") from None
-        if not low <= value <= high:
-            raise ArgumentTypeError(f"{value} is not between {low} and {high}")
-        return value
+Bounded = TypeVar("Bounded", int, float)
 
-    return parse
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    return _bounded(int, low, high, "no whole number")
 
 
 def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+    return _bounded(float, low, high, "no number")
+
+
+def _bounded(
+    kind: Callable[[str], Bounded], low: float, high: float, otherwise: str
+) -> Callable[[str], Bounded]:
+    def parse(text: str) -> Bounded:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
-            raise ArgumentTypeError(f"{text!r} is no number") from None
+            raise ArgumentTypeError(f"{text!r} is {otherwise}") from None
         if not low <= value <= high:
             raise ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value

@@ -29,6 +29,8 @@ HOST_TOOLS = {
     "slirp4netns": "slirp4netns",
     "git": "git",
 }
+# What single tests look with; each says that it is left out where its tool is not.
+OTHER_TOOLS = {"strace": "strace", "busybox": "busybox"}
 TYPED = ("provision", "checks", "engine", "units", "tests.hosts")
 
 
@@ -137,6 +139,8 @@ def main(arguments: list[str]) -> int:
         print(f"tests: {error}", file=sys.stderr)
         return 3
     missing = hosts_missing()
+    if (others := lacking(OTHER_TOOLS)) and can_install():
+        apt_install(others)
     linted = lint(python)
     if linted:
         say("the linters fail (above), and so will this run; the tests follow all the same")

@@ -10,8 +10,9 @@ misread.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -32,6 +33,7 @@ __all__ = [
     "read_h1b",
     "unpack_codes",
     "write_h1b",
+    "write_h1b_stream",
 ]
 
 MAGIC: Final = b"H1B\0"
@@ -201,34 +203,61 @@ def write_h1b(path: Path, model: Model, version: int = 2) -> None:
     _check_shapes(model)
     if version not in (1, 2):
         raise HaloError(f"halo writes .h1b versions 1 and 2, not {version}.", hint="leave the version out")
+    write_h1b_stream(path, config, [model.embedding], model.final_norm, model.layers, version)
+
+
+def write_h1b_stream(
+    path: Path,
+    config: ModelConfig,
+    embedding: Iterable[NDArray[np.float32]],
+    final_norm: NDArray[np.float32],
+    layers: Iterable[Layer],
+    version: int = 2,
+) -> None:
+    """Write a model atomically: the embedding as blocks of rows [n, hidden], the layers one after the other.
+
+    Never more than one block and one layer are held, so a model may be larger than memory. Raises HaloError
+    for an impossible config, or when what was given does not add up to the size that the config asks for.
+    """
+    config.validate()
+    c = config
     with replacing(path) as file:
-        _write_body(file, model, version)
+        file.write(
+            _HEADER.pack(
+                MAGIC, version, c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads,
+                c.vocab_size, c.max_seq_len, int(c.tie_embeddings), 0,
+            )
+        )  # fmt: skip
+        if version >= 2:
+            file.write(_TAIL.pack(c.rope_theta, c.rms_norm_eps))
+        for block in embedding:
+            file.write(_floats(block))
+        file.write(_floats(final_norm))
+        for layer in layers:
+            for part in _layer_parts(layer, c):
+                file.write(part)
+        written, wanted = file.tell(), h1b_bytes(config, version)
+        if written != wanted:
+            raise HaloError(
+                f"The model does not have the shape it says: {written} bytes, not {wanted}.",
+                hint="check what built it",
+            )
 
 
-def _write_body(file: BinaryIO, model: Model, version: int) -> None:
-    c = model.config
-    file.write(
-        _HEADER.pack(
-            MAGIC, version, c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads,
-            c.vocab_size, c.max_seq_len, int(c.tie_embeddings), 0,
-        )
-    )  # fmt: skip
-    if version >= 2:
-        file.write(_TAIL.pack(c.rope_theta, c.rms_norm_eps))
-    _write_floats(file, model.embedding, model.final_norm)
-    for layer in model.layers:
-        cut = _cutting(layer.ffn_sub_norm, c.hidden_size)
-        _write_floats(file, layer.input_norm, layer.post_attn_norm, *[layer.attn_sub_norm] * 4, cut, cut)
-        _write_floats(file, layer.ffn_sub_norm)
-        for name, _, _ in c.projections():
-            matrix: Ternary = getattr(layer, name)
-            file.write(np.ascontiguousarray(matrix.packed, dtype=np.uint8).tobytes())
-            _write_floats(file, matrix.scales)
+def _layer_parts(layer: Layer, config: ModelConfig) -> Iterator[memoryview]:
+    """The bytes of one layer in the file's order."""
+    cut = _cutting(layer.ffn_sub_norm, config.hidden_size)
+    for norm in (layer.input_norm, layer.post_attn_norm, *[layer.attn_sub_norm] * 4, cut, cut):
+        yield _floats(norm)
+    yield _floats(layer.ffn_sub_norm)
+    for name, _, _ in config.projections():
+        matrix: Ternary = getattr(layer, name)
+        yield np.ascontiguousarray(matrix.packed, dtype=np.uint8).data
+        yield _floats(matrix.scales)
 
 
-def _write_floats(file: BinaryIO, *arrays: NDArray[np.float32]) -> None:
-    for array in arrays:
-        file.write(np.ascontiguousarray(array, dtype="<f4").tobytes())
+def _floats(array: NDArray[np.float32]) -> memoryview:
+    return np.ascontiguousarray(array, dtype="<f4").data
 
 
 def _check_shapes(model: Model) -> None:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from engine.errors import HaloError
-from engine.formats.h1b import pack_codes, read_h1b
-from engine.formats.h1b_stream import write_h1b_stream
+from engine.formats.h1b import pack_codes, read_h1b, write_h1b_stream
 from engine.formats.hf_config import HfConfig, read_config, read_object, refused
 from engine.formats.hf_tokenizer import MAX_TOKENIZER, read_tokenizer
 from engine.formats.htok import Vocabulary, write_htok

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from engine.errors import HaloError
-from engine.formats.h1b import pack_codes, read_h1b, unpack_codes, write_h1b
-from engine.formats.h1b_stream import write_h1b_stream
+from engine.formats.h1b import pack_codes, read_h1b, unpack_codes, write_h1b, write_h1b_stream
 from engine.formats.hf import NORMS, import_checkpoint, projection
 from engine.formats.htok import LETTER_OF, read_htok
 from engine.formats.store import store_name, unpack

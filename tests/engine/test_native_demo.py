@@ -23,8 +23,6 @@ DEMO = Path(__file__).parents[2] / "engine" / "models" / "demo"
 PROMPTS = 20
 TOKENS = 64
 
-pytestmark = pytest.mark.skipif(not (DEMO / "model.h1b.xz").is_file(), reason="the bundled model is not here")
-
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:

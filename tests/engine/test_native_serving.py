@@ -174,8 +174,6 @@ def test_no_library_is_a_sentence_and_a_hint(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    if not (DEMO / "model.json").exists():
-        pytest.skip("this checkout has no demo model")
     directory = unpack(DEMO, tmp_path_factory.mktemp("store"))
     prepare(read_h1b(directory / "model.h1b"), directory / "model.halo")
     return directory
