@@ -79,11 +79,12 @@ inline void tile(const uint8_t *codes, int row_bytes, const int8_t *x, size_t x_
 }  // namespace
 
 #include "lanes.inc.h"
+#include "attention.inc.h"
 #include "tiles.inc.h"
 
 namespace halo {
 
-extern const Kernels avx512_table = {"avx512", ternary<4, 4>, rmsnorm, quantize, relu2, dot_rows, attend};
+extern const Kernels avx512_table = {"avx512", ternary<4, 4>, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
 
 }  // namespace halo
 

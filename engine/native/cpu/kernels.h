@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "attention_kernels.h"
+
 namespace halo {
 
 struct Kernels {
@@ -33,10 +35,7 @@ struct Kernels {
   // out[r] = dot(row r, x); rows are row_bytes apart, of bfloat16 or float32.
   void (*dot_rows)(const uint8_t *rows, size_t row_bytes, bool bf16, int count, const float *x, int n, float *out);
 
-  // One head of one token: out = softmax(scale * q k^T) v over `positions` rows of k and v, `width` floats each
-  // (a multiple of 16). scores has room for `positions` filled up to 16.
-  void (*attend)(const float *q, const float *k, const float *v, int positions, int width, float scale, float *scores,
-                 float *out);
+  const AttentionKernels *attention;
 };
 
 // The tables. Each file defines its own where it is compiled for its architecture.

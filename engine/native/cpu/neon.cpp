@@ -6,7 +6,7 @@
 #include "neon.inc.h"
 
 namespace halo {
-extern const Kernels neon_table = {"neon", ternary<4, 2>, rmsnorm, quantize, relu2, dot_rows, attend};
+extern const Kernels neon_table = {"neon", ternary<4, 2>, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
 }  // namespace halo
 
 #endif

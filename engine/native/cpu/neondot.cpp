@@ -6,7 +6,7 @@
 #include "neon.inc.h"
 
 namespace halo {
-extern const Kernels neondot_table = {"neondot", ternary<4, 4>, rmsnorm, quantize, relu2, dot_rows, attend};
+extern const Kernels neondot_table = {"neondot", ternary<4, 4>, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
 }  // namespace halo
 
 #endif

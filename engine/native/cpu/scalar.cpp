@@ -100,9 +100,10 @@ void ternary(const uint8_t *codes, int row_bytes, int rows, const int8_t *x, siz
 }  // namespace
 
 #include "lanes.inc.h"
+#include "attention.inc.h"
 
 namespace halo {
 
-extern const Kernels scalar_table = {"scalar", ternary, rmsnorm, quantize, relu2, dot_rows, attend};
+extern const Kernels scalar_table = {"scalar", ternary, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
 
 }  // namespace halo

@@ -4,7 +4,6 @@
 #include "session.h"
 
 #include <fenv.h>
-#include <math.h>
 #include <string.h>
 
 #include <algorithm>
@@ -51,26 +50,21 @@ Session::Session(std::shared_ptr<const Model> model, int slots, int context, int
       slots_(slots),
       context_(context),
       head_dim_(model_->head_dim()),
-      width_(round_up(head_dim_, 16)),
       hidden_row_(round_up(model_->config.hidden_size, 16)),
       inter_row_(round_up(model_->config.intermediate_size, 16)),
       qkv_row_((model_->config.num_heads + 2 * model_->config.num_kv_heads) * head_dim_),
-      q_row_(model_->config.num_heads * width_),
       quant_row_(round_up(std::max(hidden_row_, inter_row_), 64) + 64),
-      attention_scale_((float)(1.0 / sqrt((double)head_dim_))),
       pool_(threads),
       lengths_((size_t)slots, 0),
-      keys_((size_t)slots * model_->config.num_layers * model_->config.num_kv_heads, (size_t)context * width_),
-      values_((size_t)slots * model_->config.num_layers * model_->config.num_kv_heads, (size_t)context * width_),
+      attention_({model_->config.num_layers, model_->config.num_heads, model_->config.num_kv_heads, head_dim_, slots,
+                  context, kChunk},
+                 {model_->rope_cos, model_->rope_sin, model_->rope_row}, *kernels.attention, pool_),
       x_(kChunk, hidden_row_),
       normed_(kChunk, std::max(hidden_row_, inter_row_)),
       qkv_(kChunk, qkv_row_),
-      rotated_(kChunk, q_row_),
       attended_(kChunk, hidden_row_),
       gate_(kChunk, inter_row_),
       up_(kChunk, inter_row_),
-      scores_(pool_.threads(), round_up(context, 16)),
-      head_out_(pool_.threads(), width_),
       quantized_(kChunk, quant_row_),
       scales_(kChunk, 1),
       best_((size_t)blocks_of(model_->config.vocab_size), kChunk),
@@ -80,7 +74,7 @@ Session::Session(std::shared_ptr<const Model> model, int slots, int context, int
 std::string Session::facts() {
   char text[256];
   snprintf(text, sizeof text, "{\"isa\":\"%s\",\"threads\":%d,\"slots\":%d,\"context\":%d,\"kv_bytes\":%zu}",
-           kernels_.name, pool_.threads(), slots_, context_, keys_.bytes() + values_.bytes());
+           kernels_.name, pool_.threads(), slots_, context_, attention_.bytes());
   return text;
 }
 
@@ -165,17 +159,13 @@ void Session::embed(const int32_t *tokens, int count) {
 void Session::attention(int index, const Batch &batch, int start, int count) {
   const Layer &layer = model_->layers[index];
   const halo_config &c = model_->config;
-  const int32_t *slots = batch.slots + start, *positions = batch.positions + start;
   norm_and_quantize(x_.get(), hidden_row_, layer.input_norm, c.hidden_size, count);
   float *k = qkv_.get() + c.num_heads * head_dim_, *v = k + c.num_kv_heads * head_dim_;
   const Product qkv[] = {{&layer.q, qkv_.get(), qkv_row_, false}, {&layer.k, k, qkv_row_, false},
                          {&layer.v, v, qkv_row_, false}};
   multiply(qkv, 3, count);
-  pool_.each(count, [&](int t, int) { rope_and_append(index, t, slots[t], positions[t]); });
-  pool_.each(count * c.num_heads, [&](int item, int thread) {
-    int t = item / c.num_heads;
-    attend(index, t, item % c.num_heads, slots[t], positions[t], thread);
-  });
+  attention_.run(index, qkv_.get(), qkv_row_, batch.slots + start, batch.positions + start, count, attended_.get(),
+                 hidden_row_);
   norm_and_quantize(attended_.get(), hidden_row_, layer.attn_sub_norm, c.hidden_size, count);
   const Product o = {&layer.o, x_.get(), hidden_row_, true};
   multiply(&o, 1, count);
@@ -244,43 +234,6 @@ void Session::multiply_block(const Product &product, int first, int count) {
       out[r] = product.add ? out[r] + y : y;
     }
   }
-}
-
-float *Session::cache(Buffer<float> &buffer, int index, int slot, int head) {
-  size_t row = ((size_t)slot * model_->config.num_layers + index) * model_->config.num_kv_heads + head;
-  return buffer.get() + row * context_ * width_;
-}
-
-// Rotate-half: element i turns with element i + head_dim / 2.
-static void rotate(const float *in, const float *cosine, const float *sine, int half, float *out) {
-  for (int i = 0; i < half; ++i) {
-    float a = in[i], b = in[i + half];
-    out[i] = a * cosine[i] - b * sine[i];
-    out[i + half] = b * cosine[i] + a * sine[i];
-  }
-}
-
-void Session::rope_and_append(int index, int t, int slot, int position) {
-  const halo_config &c = model_->config;
-  const float *cosine = model_->rope_cos + (size_t)position * model_->rope_row;
-  const float *sine = model_->rope_sin + (size_t)position * model_->rope_row;
-  const float *in = &qkv_[(size_t)t * qkv_row_];
-  float *out = &rotated_[(size_t)t * q_row_];
-  for (int head = 0; head < c.num_heads; ++head, in += head_dim_, out += width_)
-    rotate(in, cosine, sine, head_dim_ / 2, out);
-  for (int head = 0; head < c.num_kv_heads; ++head, in += head_dim_)
-    rotate(in, cosine, sine, head_dim_ / 2, cache(keys_, index, slot, head) + (size_t)position * width_);
-  for (int head = 0; head < c.num_kv_heads; ++head, in += head_dim_)
-    memcpy(cache(values_, index, slot, head) + (size_t)position * width_, in, (size_t)head_dim_ * 4);
-}
-
-void Session::attend(int index, int t, int head, int slot, int position, int thread) {
-  int kv_head = head / (model_->config.num_heads / model_->config.num_kv_heads);
-  float *out = &head_out_[(size_t)thread * width_];
-  kernels_.attend(&rotated_[(size_t)t * q_row_ + (size_t)head * width_], cache(keys_, index, slot, kv_head),
-                  cache(values_, index, slot, kv_head), position + 1, width_, attention_scale_,
-                  &scores_[(size_t)thread * round_up(context_, 16)], out);
-  memcpy(&attended_[(size_t)t * hidden_row_ + (size_t)head * head_dim_], out, (size_t)head_dim_ * 4);
 }
 
 // Norms the rows whose logits are wanted, moved together at the front of normed_; how many there are.

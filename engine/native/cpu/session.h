@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "model.h"
@@ -50,24 +51,20 @@ class Session {
   void quantize_token(int t, const float *x, int n);
   void multiply(const Product *products, int product_count, int count);
   void multiply_block(const Product &product, int first, int count);
-  void rope_and_append(int index, int t, int slot, int position);
-  void attend(int index, int t, int head, int slot, int position, int thread);
   int gather_wanted(const Batch &batch, int start, int end);
   void head(const Batch &batch, int wanted, size_t done);
   void head_block(int block, int wanted, float *logits);
-  float *cache(Buffer<float> &buffer, int index, int slot, int head);
 
   std::shared_ptr<const Model> model_;
   const Kernels &kernels_;
-  const int slots_, context_, head_dim_, width_;  // width_: head_dim filled up to the lanes
-  const int hidden_row_, inter_row_, qkv_row_, q_row_, quant_row_;
-  const float attention_scale_;
+  const int slots_, context_, head_dim_;
+  const int hidden_row_, inter_row_, qkv_row_, quant_row_;
   Pool pool_;
   std::mutex running_;
   std::atomic<bool> not_finite_{false};
   std::vector<int32_t> lengths_;  // tokens in each slot
-  Buffer<float> keys_, values_;   // [slot][layer][kv head][context][width]
-  Buffer<float> x_, normed_, qkv_, rotated_, attended_, gate_, up_, scores_, head_out_;
+  Attention attention_;
+  Buffer<float> x_, normed_, qkv_, attended_, gate_, up_;
   Buffer<int8_t> quantized_;
   Buffer<float> scales_, best_;
   Buffer<int32_t> sums_, best_ids_;
