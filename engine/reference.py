@@ -118,6 +118,36 @@ def exp(x: F32) -> F32:
     return np.ldexp(p, n.astype(np.int32))
 
 
+def silu(x: F32) -> F32:
+    """x / (1 + e^-x), for any finite x, without a branch and with one exponential of what is never above 0.
+
+    The definition, one float32 operation at each sign, `exp` the one above (so e is at least e^-86):
+
+        p = max(x, 0);  n = x - p;  e = exp(n - p);  silu(x) = (p + n * e) / (1 + e)
+
+    One of p and n is zero, so x - p, n - p = -|x| and p + ... are exact, and a fused n * e + p gives the same
+    bits. It is x / (1 + e^-x) for x >= 0 and x e^x / (1 + e^x) below; +0 for either zero. An infinite or
+    undefined x stays one.
+    """
+    p = np.maximum(x, np.float32(0))
+    n = x - p
+    e = exp(n - p)
+    result: F32 = (p + n * e) / (np.float32(1) + e)
+    return result
+
+
+def gated(gate: F32, up: F32, activation: str) -> F32:
+    """The FFN's hidden values: max(gate, 0) * max(gate, 0) * up for relu2, silu(gate) * up for silu.
+
+    Multiplied from the left, one float32 operation each.
+    """
+    if activation == "silu":
+        return silu(gate) * up
+    positive = np.maximum(gate, np.float32(0))
+    result: F32 = positive * positive * up
+    return result
+
+
 def softmax_weights(scores: F32) -> tuple[F32, F32]:
     """exp(score - max) over the last axis, and their sum in lanes."""
     weights = exp(scores - scores.max(axis=-1, keepdims=True))
@@ -164,8 +194,9 @@ class Reference:
     def __init__(self, model: Model) -> None:
         self.config = model.config
         self.embedding = np.array(model.embedding, dtype=np.float32)
+        head = self.embedding if model.head is None else np.array(model.head, dtype=np.float32)
         # Kept in float64 and in lanes: the head is the slowest part, and fma() starts by widening.
-        self.head: NDArray[np.floating] = _in_lanes(self.embedding).astype(np.float64)
+        self.head: NDArray[np.floating] = _in_lanes(head).astype(np.float64)
         self.final_norm = np.array(model.final_norm)
         self.layers = [_Layer(layer) for layer in model.layers]
         self.cosine, self.sine = rope_tables(model.config)
@@ -179,6 +210,15 @@ class Reference:
     def forward(self, tokens: Sequence[int], cache: Cache) -> F32:
         """Run `tokens` after what the cache holds, which grows; logits float32 [len(tokens), vocab]."""
         return self._logits(self._hidden(tokens, cache))
+
+    def hidden_states(self, tokens: Sequence[int]) -> list[F32]:
+        """The residual stream of `tokens` alone: the embedding, then after each layer; [len(tokens), hidden].
+
+        Before the final norm throughout, so the last is not what transformers calls the last hidden state.
+        """
+        states: list[F32] = []
+        self._hidden(tokens, self.new_cache(), states)
+        return states
 
     def greedy(self, prompt_ids: Sequence[int], n: int) -> list[int]:
         """The n tokens that follow the prompt when the likeliest (the lowest id on a tie) is always taken."""
@@ -199,7 +239,7 @@ class Reference:
             result[row] = _tree(lanes)
         return result
 
-    def _hidden(self, tokens: Sequence[int], cache: Cache) -> F32:
+    def _hidden(self, tokens: Sequence[int], cache: Cache, states: list[F32] | None = None) -> F32:
         c = self.config
         end = cache.length + len(tokens)
         if not tokens or min(tokens) < 0 or max(tokens) >= c.vocab_size:
@@ -212,9 +252,12 @@ class Reference:
             )
         x: F32 = self.embedding[np.asarray(tokens)]
         positions = np.arange(cache.length, end)
+        states = [] if states is None else states
+        states.append(x)
         for index, layer in enumerate(self.layers):
             x = x + self._attention(layer, index, x, positions, cache)
             x = x + self._feed_forward(layer, x)
+            states.append(x)
         cache.length = end
         return x
 
@@ -222,7 +265,7 @@ class Reference:
         self, layer: _Layer, index: int, x: F32, positions: NDArray[np.int64], cache: Cache
     ) -> F32:
         c, n = self.config, len(x)
-        quantized = quantize(rmsnorm(x, layer.norms.input_norm, c.rms_norm_eps))
+        quantized = self._quantized(x, layer.norms.input_norm)
         q = self._rotate(layer.q(*quantized).reshape(n, c.num_heads, c.head_dim), positions)
         k = self._rotate(layer.k(*quantized).reshape(n, c.num_kv_heads, c.head_dim), positions)
         cache.keys[index][:, positions] = k.transpose(1, 0, 2)
@@ -232,8 +275,7 @@ class Reference:
         rows = [
             self._attend(heads[t], index, int(position) + 1, cache) for t, position in enumerate(positions)
         ]
-        attended = rmsnorm(np.stack(rows).reshape(n, -1), layer.norms.attn_sub_norm, c.rms_norm_eps)
-        return layer.o(*quantize(attended))
+        return layer.o(*self._quantized(np.stack(rows).reshape(n, c.q_size), layer.norms.attn_sub_norm))
 
     def _attend(self, q: F32, index: int, length: int, cache: Cache) -> F32:
         """One token's attention, q [kv_heads, group, head_dim], over `length` positions of the cache."""
@@ -252,8 +294,10 @@ class Reference:
         return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
     def _feed_forward(self, layer: _Layer, x: F32) -> F32:
-        eps = self.config.rms_norm_eps
-        quantized = quantize(rmsnorm(x, layer.norms.post_attn_norm, eps))
-        gate = np.maximum(layer.gate(*quantized), np.float32(0))
-        hidden = gate * gate * layer.up(*quantized)
-        return layer.down(*quantize(rmsnorm(hidden, layer.norms.ffn_sub_norm, eps)))
+        quantized = self._quantized(x, layer.norms.post_attn_norm)
+        hidden = gated(layer.gate(*quantized), layer.up(*quantized), self.config.activation)
+        return layer.down(*self._quantized(hidden, layer.norms.ffn_sub_norm))
+
+    def _quantized(self, x: F32, norm: F32 | None) -> tuple[F32, F32]:
+        """x as the int8 values of a projection, through its RMSNorm where the model has one there."""
+        return quantize(x if norm is None else rmsnorm(x, norm, self.config.rms_norm_eps))
