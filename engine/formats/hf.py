@@ -1,8 +1,8 @@
-"""Import a Hugging Face BitNet checkpoint as a model directory that the store takes. Not a downloader.
+"""Read a Hugging Face checkpoint of a ternary model as a stream of layers. Not a downloader.
 
 Weights come as float masters (quantised here as transformers does online: absmean over the tensor), as
 floats that are ternary already, or packed in U8 by row quarters. Formulas and packing:
-transformers `integrations/bitnet.py`. One tensor is held at a time.
+transformers `integrations/bitnet.py`. One tensor is held at a time. Which models: hf_config.py.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from engine.errors import HaloError
-from engine.formats.h1b import pack_codes, read_h1b, write_h1b_stream
-from engine.formats.hf_config import HfConfig, read_config, read_object, refused
+from engine.formats.h1b import pack_codes, read_h1b, write_h1b
+from engine.formats.hf_config import Family, HfConfig, read_config, read_object, refused
 from engine.formats.hf_tokenizer import MAX_TOKENIZER, read_tokenizer
 from engine.formats.htok import Vocabulary, write_htok
 from engine.formats.safetensors import Tensor, read_safetensors
-from engine.model import Layer, ModelConfig, Ternary
+from engine.model import Layer, ModelConfig, ModelStream, Ternary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +38,7 @@ MAX_INDEX: Final = 64 << 20
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
 FINAL_NORM: Final = "model.norm.weight"
 _FETCH: Final = "fetch the checkpoint again, or ask its publisher"
 _FORMS: Final = {
@@ -44,11 +46,10 @@ _FORMS: Final = {
     "ternary": "were ternary already: taken as they are with max|w| as scale, not quantised a second time",
     "masters": "were float masters: quantised by absmean",
 }
-NORMS: Final = (
-    ("input_norm", "input_layernorm"),
-    ("post_attn_norm", "post_attention_layernorm"),
-    ("attn_sub_norm", "self_attn.attn_sub_norm"),
-    ("ffn_sub_norm", "mlp.ffn_sub_norm"),
+_MASTERS_OF_A_LLAMA: Final = (
+    "fetch the packed revision; of masters, such as Falcon-E's revision prequantized, add to config.json "
+    '"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", '
+    '"quantization_mode": "online"}'
 )
 
 
@@ -59,6 +60,57 @@ class ImportReport:
     directory: Path
     description: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class HfCheckpoint:
+    """A checkpoint that the engine runs, opened: its configuration, and its tensors as a stream.
+
+    The stream may be read as often as wanted; it raises HaloError where a tensor is damaged.
+    """
+
+    directory: Path
+    config: HfConfig
+    stream: ModelStream
+    files: list[str]
+    forms: dict[str, str]
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the person: what became of the weights. Complete once the layers were read."""
+        count = Counter(self.forms.values())
+        notes = [f"{count[form]} matrices {what}." for form, what in _FORMS.items() if count[form]]
+        if self.config.mode == "none" and not self.config.family.masters:
+            notes.append("config.json does not say that activations are int8; the engine makes them so.")
+        return notes
+
+    @cached_property
+    def source(self) -> dict[str, str]:
+        """The sha256 of each file that the stream comes from, read once more for it; by name."""
+        return {file: _facts(self.directory / file)["sha256"] for file in self.files}
+
+
+def open_checkpoint(directory: Path) -> HfCheckpoint:
+    """Open the checkpoint in `directory`: config.json, and model.safetensors or an index with its shards.
+
+    All names and the form of the first matrix are checked here; shapes, numbers and codes as the stream is
+    read. Raises HaloError where it is damaged or, by name, of a model that the engine does not run.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    tensors, shards = open_tensors(directory)
+    weights = _Weights(directory, config, tensors)
+    model = config.model
+    weights.matrix(projection(0, "q"), model.q_size, model.hidden_size)
+    shape = (model.vocab_size, model.hidden_size)
+    stream = ModelStream(
+        model,
+        lambda: weights.blocks(EMBEDDING, *shape),
+        weights.vector(FINAL_NORM, model.hidden_size),
+        weights.layers,
+        None if model.tie_embeddings else lambda: weights.blocks(HEAD, *shape),
+    )
+    return HfCheckpoint(directory, config, stream, ["config.json", *shards], weights.forms)
 
 
 def import_checkpoint(source: Path, destination: Path, name: str | None = None) -> ImportReport:
@@ -73,16 +125,15 @@ def import_checkpoint(source: Path, destination: Path, name: str | None = None) 
         raise HaloError(f"{name!r} cannot be a model's name.", hint="use letters, digits, dots and dashes")
     if destination.exists():
         raise HaloError(f"{destination} exists already.", hint="name a directory that does not exist")
-    config = read_config(source)
-    vocabulary = read_tokenizer(source, config)
-    tensors, shards = open_tensors(source)
+    checkpoint = open_checkpoint(source)
+    vocabulary = read_tokenizer(source, checkpoint.config)
     staging = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        report = _write(staging, _Weights(source, config, tensors), vocabulary)
+        report = _write(staging, checkpoint, vocabulary)
         report.description["name"] = name
-        report.description["source"] = _hashes(source, shards)
+        report.description["source"] = _hashes(source, checkpoint.files)
         report.notes += _template_notes(source)
         text = json.dumps(report.description, indent=1) + "\n"
         (staging / "model.json").write_text(text, "utf-8")
@@ -101,6 +152,11 @@ def import_checkpoint(source: Path, destination: Path, name: str | None = None) 
 def open_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors of a checkpoint, mapped, and the names of its files: one, or an index with shards."""
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():
+        if not (directory / SINGLE).exists() and any(directory.glob("pytorch_model*.bin")):
+            raise HaloError(
+                f"{directory} has its weights as pickles (pytorch_model.bin), which halo does not run.",
+                hint="fetch the revision with model.safetensors, or save it as one with transformers",
+            )
         return read_safetensors(directory / SINGLE), [SINGLE]
     index = directory / INDEX
     placed = read_object(index, MAX_INDEX).get("weight_map")
@@ -129,8 +185,20 @@ class _Weights:
 
     def __init__(self, source: Path, config: HfConfig, tensors: dict[str, Tensor]) -> None:
         self.source, self.config, self.tensors = source, config, tensors
-        self.forms: Counter[str] = Counter()
-        _check_names(source / "config.json", config.model, tensors)
+        self.forms: dict[str, str] = {}
+        _check_names(source / "config.json", config, tensors)
+        if config.model.tie_embeddings and HEAD in tensors:
+            self.check_tied()
+
+    def check_tied(self) -> None:
+        """Some publishers write the tied head out; the library then unties it where it differs."""
+        shape = (self.config.model.vocab_size, self.config.model.hidden_size)
+        pairs = zip(self.blocks(EMBEDDING, *shape), self.blocks(HEAD, *shape), strict=False)
+        if not all(np.array_equal(embedding, head) for embedding, head in pairs):
+            raise HaloError(
+                f"{HEAD} is not the embedding, but config.json says that it is (tie_word_embeddings).",
+                hint=_FETCH,
+            )
 
     def shaped(self, name: str, *shape: int) -> Tensor:
         tensor = self.tensors[name]
@@ -153,10 +221,10 @@ class _Weights:
         model = self.config.model
         for index in range(model.num_layers):
             prefix = f"model.layers.{index}"
-            sizes = (*[model.hidden_size] * 3, model.intermediate_size)
-            parts: dict[str, Any] = {
-                norm: self.vector(f"{prefix}.{name}.weight", size)
-                for (norm, name), size in zip(NORMS, sizes, strict=True)
+            parts: dict[str, Any] = {"attn_sub_norm": None, "ffn_sub_norm": None}
+            parts |= {
+                field: self.vector(f"{prefix}.{name}.weight", size)
+                for field, name, size in norms(self.config.family, model)
             }
             parts |= {
                 part: self.matrix(projection(index, part), rows, cols)
@@ -177,12 +245,18 @@ class _Weights:
             )
         else:
             form, codes, value = self.quantised(name, rows, cols)
-        self.forms[form] += 1
+        self.forms[name] = form
         return Ternary(pack_codes(codes), np.full(rows, value, dtype=np.float32), cols)
 
     def scale(self, name: str) -> np.float32:
         """The factor of a matrix from its weight_scale, which linear_class bitlinear stores as an inverse."""
-        stored = self.vector(f"{name}.weight_scale", 1)[0]
+        tensor = self.tensors[f"{name}.weight_scale"]
+        if tensor.shape not in ((1,), ()):
+            raise refused(
+                self.source / "config.json",
+                f"{tensor.name} is {list(tensor.shape)}, and the engine takes one scale for a matrix",
+            )
+        stored = tensor.floats().reshape(1)[0]
         with np.errstate(divide="ignore", over="ignore"):
             value = np.float32(1) / stored if self.config.inverse else stored
         if not (np.isfinite(value) and value > 0):
@@ -223,6 +297,8 @@ class _Weights:
         peak, least, total = self.magnitudes(name, rows, cols)
         if peak == least:
             return "ternary", self.signs(name, rows, cols), peak
+        if peak > 0 and self.config.mode == "none" and not self.config.family.masters:
+            raise HaloError(self.why_not_ternary(name, rows, cols), hint=_MASTERS_OF_A_LLAMA)
         mean = np.maximum(np.float32(total / (rows * cols)), np.float32(1e-5))
         s = np.float32(1) / mean
         quantised = [
@@ -230,6 +306,20 @@ class _Weights:
             for block in self.blocks(f"{name}.weight", rows, cols)
         ]
         return "masters", np.concatenate(quantised), mean
+
+    def why_not_ternary(self, name: str, rows: int, cols: int) -> str:
+        """Of a LLaMA whose config.json does not say that it is ternary: why its weights are not, either."""
+        by_row = True
+        for block in self.blocks(f"{name}.weight", rows, cols):
+            size = np.abs(block)
+            peak = size.max(axis=1, keepdims=True)
+            by_row = by_row and bool(((size == peak) | (size == 0)).all())
+        if by_row:
+            return f"{name}.weight has several scales, as TriLM has: the engine takes one for a matrix."
+        return (
+            f"{name}.weight is not ternary, and {self.source / 'config.json'} has no quantization_config: "
+            "this is an ordinary LLaMA, or the masters of a ternary one."
+        )
 
     def magnitudes(self, name: str, rows: int, cols: int) -> tuple[np.float32, np.float32, float]:
         """(the largest |w|, the least |w| above zero, the sum of all |w|)."""
@@ -252,35 +342,59 @@ def projection(layer: int, part: str) -> str:
     return f"model.layers.{layer}.{'self_attn' if part in 'qkvo' else 'mlp'}.{part}_proj"
 
 
-def _check_names(path: Path, model: ModelConfig, tensors: dict[str, Tensor]) -> None:
-    """Exactly the tensors of the architecture; a matrix may have a weight_scale beside it."""
-    if "lm_head.weight" in tensors:
-        raise refused(path, "it has an output head of its own (lm_head.weight), so the head is untied")
-    matrices = [projection(i, part) for i in range(model.num_layers) for part, _, _ in model.projections()]
+def norms(family: Family, model: ModelConfig) -> list[tuple[str, str, int]]:
+    """The norms of a layer: (field of Layer, name in the layer without `.weight`, size)."""
+    found = [
+        ("input_norm", "input_layernorm", model.hidden_size),
+        ("post_attn_norm", "post_attention_layernorm", model.hidden_size),
+    ]
+    if family.sub_norms is not None:
+        before_o, before_down = family.sub_norms
+        found += [
+            ("attn_sub_norm", before_o, model.q_size),
+            ("ffn_sub_norm", before_down, model.intermediate_size),
+        ]
+    return found
+
+
+def _check_names(path: Path, config: HfConfig, tensors: dict[str, Tensor]) -> None:
+    """Exactly the tensors of the architecture; a matrix may have a weight_scale beside it.
+
+    A head that is tied may be there all the same, and so may what old LLaMA code saved of RoPE.
+    """
+    model = config.model
+    layers = range(model.num_layers)
+    matrices = [projection(i, part) for i in layers for part, _, _ in model.projections()]
     wanted = {EMBEDDING, FINAL_NORM, *(f"{name}.weight" for name in matrices)}
-    wanted |= {f"model.layers.{i}.{name}.weight" for i in range(model.num_layers) for _, name in NORMS}
+    wanted |= {
+        f"model.layers.{i}.{name}.weight" for i in layers for _, name, _ in norms(config.family, model)
+    }
+    wanted |= set() if model.tie_embeddings else {HEAD}
+    allowed = {HEAD, *(f"{name}.weight_scale" for name in matrices)}
     missing = sorted(wanted - tensors.keys())
-    extra = sorted(tensors.keys() - wanted - {f"{name}.weight_scale" for name in matrices})
+    extra = sorted(
+        name for name in tensors.keys() - wanted - allowed if not name.endswith(".rotary_emb.inv_freq")
+    )
+    if any(name.endswith(("_proj.norm.weight", "_proj.rms_norm.weight")) for name in extra):
+        raise refused(path, "it has a norm before each projection, as BitNet-embedding has")
     if missing:
-        why = "it has no sub-norms" if any("sub_norm" in name for name in missing) else "it is incomplete"
+        why = "it is incomplete"
+        if HEAD in missing:
+            why = "its output head is untied and is not there"
+        elif all(
+            name.endswith(("sub_norm.weight", "inner_attn_ln.weight", "ffn_layernorm.weight"))
+            for name in missing
+        ):
+            why = "it lacks the sub-norms of its architecture"
         raise refused(path, f"{why}; {len(missing)} tensors are missing, the first is {missing[0]}")
     if extra:
         raise refused(path, f"{len(extra)} tensors are not of {path.name}'s model, the first is {extra[0]}")
 
 
-def _write(staging: Path, weights: _Weights, vocabulary: Vocabulary) -> ImportReport:
-    model = weights.config.model
-    write_h1b_stream(
-        staging / "model.h1b",
-        model,
-        weights.blocks(EMBEDDING, model.vocab_size, model.hidden_size),
-        weights.vector(FINAL_NORM, model.hidden_size),
-        weights.layers(),
-    )
+def _write(staging: Path, checkpoint: HfCheckpoint, vocabulary: Vocabulary) -> ImportReport:
+    model = checkpoint.config.model
+    write_h1b(staging / "model.h1b", checkpoint.stream)
     write_htok(staging / "tokenizer.htok", vocabulary)
-    notes = [
-        f"{weights.forms[form]} matrices {what}." for form, what in _FORMS.items() if weights.forms[form]
-    ]
     golden, note = _golden(staging, model, vocabulary)
     description = {
         "schema": 1,
@@ -291,7 +405,7 @@ def _write(staging: Path, weights: _Weights, vocabulary: Vocabulary) -> ImportRe
         "golden": golden,
         "licence": "see the model's own",
     }
-    return ImportReport(staging, description, [*notes, *note])
+    return ImportReport(staging, description, [*checkpoint.notes, *note])
 
 
 def _golden(
@@ -327,9 +441,9 @@ def _template_notes(source: Path) -> list[str]:
     return []
 
 
-def _hashes(source: Path, shards: list[str]) -> dict[str, Any]:
+def _hashes(source: Path, read: list[str]) -> dict[str, Any]:
     """The files that were read, with size and sha256, so that another can repeat the import."""
-    files = ("config.json", "tokenizer.json", *shards)
+    files = ("tokenizer.json", *read)
     return {"format": "huggingface", "files": {file: _facts(source / file) for file in files}}
 
 

@@ -1,7 +1,9 @@
 """What a Hugging Face `config.json` says of a model, and which models halo refuses by name. No tensors here.
 
-The one architecture that the engine runs is `BitNetForCausalLM` (transformers `models/bitnet`): squared
-ReLU, sub-norms, a tied head, plain RoPE. Everything else is refused with its reason, before a tensor is read.
+Three architectures run. `BitNetForCausalLM` (transformers `models/bitnet`: BitNet-b1.58-2B-4T), squared ReLU
+and sub-norms. `BitnetForCausalLM` (1bitLLM's own code: bitnet_b1_58-large, -xl, -3B), SiLU and sub-norms of
+other names. `LlamaForCausalLM` with ternary projections (Falcon-E, Falcon3-1.58bit, Llama3-8B-1.58), SiLU and
+no sub-norms. Everything else is refused with its reason, before a tensor is read.
 """
 
 from __future__ import annotations
@@ -9,33 +11,57 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from engine.errors import HaloError
 from engine.model import ModelConfig
 
-ARCHITECTURE: Final = "BitNetForCausalLM"
 MAX_CONFIG: Final = 4 << 20
-_USE: Final = "use a BitNetForCausalLM checkpoint, such as microsoft/bitnet-b1.58-2B-4T"
-_DEFAULT_THETA: Final = 500000.0  # transformers' BitNetConfig.default_theta
-_LLAMA: Final = "it is a LLaMA graph with SiLU and without sub-norms, which the engine does not have yet"
-# Looked for in names only when the architecture is not the one that runs.
-_FAMILIES: Final = (
-    ("trilm", "TriLM", "it has several scales in a matrix and activations in floating point"),
-    ("bonsai", "Bonsai", "it has a scale for each 128 weights and activations in floating point"),
+_USE: Final = "use one that runs, such as microsoft/bitnet-b1.58-2B-4T or tiiuae/Falcon-E-3B-Instruct"
+_GROUPS: Final = "it has a scale for each group of weights, and activations in floating point"
+# Looked for in names unless config.json itself says that the model is one that runs.
+_OTHERS: Final = (
+    ("bitnet-embedding", "BitNet-embedding", "it has a norm before each projection"),
+    ("trilm", "TriLM", "it has several scales in a matrix, and activations in floating point"),
+    ("spectrasuite", "TriLM", "it has several scales in a matrix, and activations in floating point"),
+    ("bonsai", "Bonsai", _GROUPS),
     ("maple", "Maple", "it is a mixture of experts with sliding windows"),
-    ("bitcpm", "BitCPM4", "it is a MiniCPM graph with scales for groups of weights"),
-    ("minicpm", "BitCPM4", "it is a MiniCPM graph with scales for groups of weights"),
-    ("falcon3", "Falcon3", _LLAMA),
-    ("falcon-e", "Falcon-E", _LLAMA),
-    ("llama3-8b-1.58", "Llama3-8B-1.58", _LLAMA),
-    ("bitnet_b1_58", "bitnet_b1_58", "it has SiLU and a SentencePiece tokenizer"),
+    ("bitcpm", "BitCPM4", f"it is a MiniCPM graph, and {_GROUPS}"),
+    ("minicpm", "BitCPM4", f"it is a MiniCPM graph, and {_GROUPS}"),
 )
 _ARCHITECTURES: Final = {
-    "LlamaForCausalLM": _LLAMA,
-    "FalconForCausalLM": _LLAMA,
-    "Qwen3ForCausalLM": "it is a Qwen3 graph (SiLU, norms of queries and keys)",
-    "BitnetForCausalLM": "it has SiLU",
+    "Qwen3ForCausalLM": "it is a Qwen3 graph (norms of queries and keys)",
+    "FalconForCausalLM": "it is the graph of the first Falcon, not of Falcon-E or Falcon3",
+}
+# What the engine has nothing for, where it is set to anything but nothing.
+_LACKING: Final = ("attention_bias", "mlp_bias", "sliding_window", "qk_norm", "yoco_u_stages")
+# Kept out of quantisation by every publisher; none of them is a projection.
+_NO_PROJECTIONS: Final = {"lm_head", "embed_tokens", "model.embed_tokens", "norm", "model.norm"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture leaves unsaid in config.json.
+
+    `sub_norms` are the tensors before the output and down projections, without layer and `.weight`.
+    `masters`: floats without a quantization_config are masters to quantise; of a LLaMA they need not be.
+    """
+
+    activation: Literal["relu2", "silu"]
+    sub_norms: tuple[str, str] | None
+    theta: float
+    eps: float
+    masters: bool
+
+
+FAMILIES: Final = {
+    "BitNetForCausalLM": Family(
+        "relu2", ("self_attn.attn_sub_norm", "mlp.ffn_sub_norm"), 500000.0, 1e-5, masters=True
+    ),
+    "BitnetForCausalLM": Family(
+        "silu", ("self_attn.inner_attn_ln", "mlp.ffn_layernorm"), 10000.0, 1e-6, masters=True
+    ),
+    "LlamaForCausalLM": Family("silu", None, 10000.0, 1e-6, masters=False),
 }
 
 
@@ -52,6 +78,7 @@ class HfConfig:
     inverse: bool
     bos: int | None
     eos: int | None
+    family: Family
 
 
 def read_object(path: Path, limit: int) -> dict[str, Any]:
@@ -78,28 +105,30 @@ def read_config(directory: Path) -> HfConfig:
     """config.json of a checkpoint, when the engine runs what it describes; else HaloError with the reason."""
     path = directory / "config.json"
     data = read_object(path, MAX_CONFIG)
-    _check_architecture(directory, data)
+    family = _family(directory, data)
     mode, inverse = _quantization(path, data)
     heads = _count(path, data, "num_attention_heads")
-    hidden = _count(path, data, "hidden_size")
-    kv_heads = heads if data.get("num_key_value_heads") is None else _count(path, data, "num_key_value_heads")
-    head_dim = data.get("head_dim")
-    if head_dim is not None and (type(head_dim) is not int or head_dim * heads != hidden):
-        raise refused(path, f"its head_dim is {head_dim}, not hidden_size / num_attention_heads")
+    optional = {
+        name: None if data.get(name) is None else _count(path, data, name)
+        for name in ("num_key_value_heads", "head_dim")
+    }
     model = ModelConfig(
-        hidden,
-        _count(path, data, "intermediate_size"),
-        _count(path, data, "num_hidden_layers"),
-        heads,
-        kv_heads,
-        _count(path, data, "vocab_size"),
-        _count(path, data, "max_position_embeddings"),
-        True,
-        _theta(path, data),
-        _number(path, data.get("rms_norm_eps", 1e-5), "rms_norm_eps"),
+        hidden_size=_count(path, data, "hidden_size"),
+        intermediate_size=_count(path, data, "intermediate_size"),
+        num_layers=_count(path, data, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads if optional["num_key_value_heads"] is None else optional["num_key_value_heads"],
+        vocab_size=_count(path, data, "vocab_size"),
+        max_seq_len=_count(path, data, "max_position_embeddings"),
+        tie_embeddings=_tied(path, data),
+        rope_theta=_theta(path, data, family),
+        rms_norm_eps=_number(path, data.get("rms_norm_eps", family.eps), "rms_norm_eps"),
+        activation=_activation(path, data, family),
+        sub_norms=family.sub_norms is not None,
+        head_dim=_head_dim(path, data, heads, optional["head_dim"]),
     )
     model.validate()
-    return HfConfig(model, mode, inverse, _token(path, data, "bos"), _token(path, data, "eos"))
+    return HfConfig(model, mode, inverse, _token(path, data, "bos"), _token(path, data, "eos"), family)
 
 
 def refused(path: Path, why: str) -> HaloError:
@@ -112,28 +141,60 @@ def shown(value: object) -> str:
     return type(value).__name__ if isinstance(value, list | dict) else str(value)[:80]
 
 
-def _check_architecture(directory: Path, data: dict[str, Any]) -> None:
+def _family(directory: Path, data: dict[str, Any]) -> Family:
+    """The family of an architecture that runs; HaloError that names the one that does not."""
     path = directory / "config.json"
     listed = data.get("architectures")
     architectures = [shown(each) for each in listed] if isinstance(listed, list) else []
-    if architectures != [ARCHITECTURE]:
+    name = architectures[0] if len(architectures) == 1 else ""
+    family = FAMILIES.get(name)
+    if family is None or not (family.masters or data.get("quantization_config")):
         names = (directory.resolve().name, data.get("_name_or_path"), data.get("model_type"), *architectures)
-        text = " ".join(shown(name) for name in names).lower()
-        for word, family, why in _FAMILIES:
+        text = " ".join(shown(each) for each in names).lower()
+        for word, other, why in _OTHERS:
             if word in text:
-                raise refused(path, f"{family}: {why}")
-        name = architectures[0] if architectures else "one that config.json does not name"
-        why = _ARCHITECTURES.get(name, f"the engine runs {ARCHITECTURE} only")
+                raise refused(path, f"{other}: {why}")
+    if family is None:
+        name = " and ".join(architectures) or "one that config.json does not name"
+        why = _ARCHITECTURES.get(name, f"the engine runs {', '.join(FAMILIES)} only")
         raise refused(path, f"its architecture is {name}: {why}")
-    activation = data.get("hidden_act", "relu2")
-    if activation != "relu2":
-        what = "SiLU" if activation in ("silu", "swish") else shown(activation)
-        raise refused(path, f"its activation is {what}, and the engine has squared ReLU (relu2) only")
-    if data.get("tie_word_embeddings", False) is not True:
-        raise refused(path, "its output head is untied (tie_word_embeddings is not true)")
-    for key in ("attention_bias", "mlp_bias", "sliding_window"):
+    for key in _LACKING:
         if data.get(key):
             raise refused(path, f"it has {key}, which the engine does not have")
+    for key, runs in (("weight_bits", 1), ("input_bits", 8)):  # 1bitLLM's
+        if data.get(key, runs) != runs:
+            raise refused(path, f"its {key} is {shown(data[key])}, and the engine has {runs} only")
+    return family
+
+
+def _activation(path: Path, data: dict[str, Any], family: Family) -> Literal["relu2", "silu"]:
+    match data.get("hidden_act", family.activation):
+        case "relu2":
+            return "relu2"
+        case "silu" | "swish":
+            return "silu"
+        case other:
+            raise refused(path, f"its activation is {shown(other)}, and the engine has relu2 and silu only")
+
+
+def _tied(path: Path, data: dict[str, Any]) -> bool:
+    """tie_word_embeddings; false where it is not said, as all three architectures have it."""
+    tied = False if data.get("tie_word_embeddings") is None else data["tie_word_embeddings"]
+    if not isinstance(tied, bool):
+        raise HaloError(f"{path} says tie_word_embeddings = {shown(tied)}, not true or false.", hint=_USE)
+    return tied
+
+
+def _head_dim(path: Path, data: dict[str, Any], heads: int, head_dim: int | None) -> int:
+    """The stated head_dim, else hidden_size / num_attention_heads, which must then be whole."""
+    if head_dim is not None:
+        if head_dim < 1:
+            raise HaloError(f"{path} says head_dim = {head_dim}, which is no size.", hint=_USE)
+        return head_dim
+    hidden = _count(path, data, "hidden_size")
+    if heads < 1 or hidden % heads:
+        raise refused(path, f"its hidden_size of {hidden} does not divide into {heads} heads")
+    return hidden // heads
 
 
 def _quantization(path: Path, data: dict[str, Any]) -> tuple[str, bool]:
@@ -149,14 +210,14 @@ def _quantization(path: Path, data: dict[str, Any]) -> tuple[str, bool]:
     if mode not in ("online", "offline"):
         raise refused(path, f"its quantization_mode is {shown(mode)}")
     if config.get("use_rms_norm"):
-        raise refused(path, "it has a norm before each projection (use_rms_norm)")
+        raise refused(path, "it has a norm before each projection (use_rms_norm), as BitNet-embedding has")
     kept = config.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or set(map(shown, kept)) - {"lm_head"}:
+    if not isinstance(kept, list) or {shown(n).removesuffix(".weight") for n in kept} - _NO_PROJECTIONS:
         raise refused(path, "some of its projections are not ternary (modules_to_not_convert)")
     return str(mode), linear == "bitlinear"
 
 
-def _theta(path: Path, data: dict[str, Any]) -> float:
+def _theta(path: Path, data: dict[str, Any], family: Family) -> float:
     """rope_theta, from where each version of transformers writes it; any scaling of RoPE is refused."""
     found = [data["rope_theta"]] if data.get("rope_theta") is not None else []
     for key in ("rope_scaling", "rope_parameters"):
@@ -167,13 +228,13 @@ def _theta(path: Path, data: dict[str, Any]) -> float:
             raise refused(path, f"its {key} is no object")
         plain = all(rope.get(name, "default") == "default" for name in ("rope_type", "type"))
         extra = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if not plain or extra or rope.get("partial_rotary_factor", 1) != 1:
+        if not plain or extra or (rope | data).get("partial_rotary_factor", 1) != 1:
             raise refused(path, f"it scales RoPE ({key}), and the engine has plain RoPE only")
         found += [rope["rope_theta"]] if rope.get("rope_theta") is not None else []
     thetas = {_number(path, value, "rope_theta") for value in found}
     if len(thetas) > 1:
         raise refused(path, "it says rope_theta twice, differently")
-    return thetas.pop() if thetas else _DEFAULT_THETA
+    return thetas.pop() if thetas else family.theta
 
 
 def _count(path: Path, data: dict[str, Any], name: str) -> int:

@@ -14,7 +14,8 @@ import pytest
 
 from engine.errors import HaloError
 from engine.formats.h1b import pack_codes, read_h1b, unpack_codes, write_h1b, write_h1b_stream
-from engine.formats.hf import NORMS, import_checkpoint, projection
+from engine.formats.hf import import_checkpoint, norms, projection
+from engine.formats.hf_config import FAMILIES
 from engine.formats.htok import LETTER_OF, read_htok
 from engine.formats.store import store_name, unpack
 from engine.locate import read_card
@@ -40,6 +41,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": [263, 261],
 }
 MODEL = ModelConfig(64, 192, 2, 4, 2, 264, 64, True, 500000.0, 1e-5)
+NORMS = norms(FAMILIES["BitNetForCausalLM"], MODEL)
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 OFFLINE = ONLINE | {"quantization_mode": "offline"}
 INVERSE = {"quant_method": "bitnet"}  # bitlinear and offline are the defaults of transformers
@@ -78,8 +80,7 @@ class Truth:
         self.floats["model.embed_tokens.weight"] = rounded(rng.uniform(0.25, 2, (264, 64)))
         self.digits: dict[str, np.ndarray[Any, Any]] = {}
         for index in range(2):
-            for field, name in NORMS:
-                size = 192 if field == "ffn_sub_norm" else 64
+            for _, name, size in NORMS:
                 self.floats[f"model.layers.{index}.{name}.weight"] = rounded(rng.uniform(0.5, 1.5, size))
             for part, rows, cols in MODEL.projections():
                 digits = np.zeros(rows * cols, np.int8)
@@ -90,7 +91,7 @@ class Truth:
     def model(self) -> Model:
         def layer(index: int) -> Layer:
             parts: dict[str, Any] = {
-                field: self.floats[f"model.layers.{index}.{name}.weight"] for field, name in NORMS
+                field: self.floats[f"model.layers.{index}.{name}.weight"] for field, name, _ in NORMS
             }
             for part, rows, cols in MODEL.projections():
                 name = projection(index, part)
@@ -308,34 +309,44 @@ def test_bos_and_eos_may_come_from_the_tokenizers_own_file(tmp_path: Path, truth
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Falcon3": (
-        {"architectures": ["LlamaForCausalLM"], "_name_or_path": "Falcon3-7B-1.58bit"},
-        "Falcon3: .*SiLU",
-    ),
-    "Llama": ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*without sub-norms"),
     "TriLM": (
-        {"architectures": ["LlamaForCausalLM"], "_name_or_path": "TriLM_3.9B"},
+        {"architectures": ["LlamaForCausalLM"], "_name_or_path": "TriLM_3.9B", "quantization_config": None},
         "TriLM: it has several",
     ),
+    "LLaMA with sub-norms": ({"architectures": ["LlamaForCausalLM"]}, "4 tensors are not of config.json's"),
+    "1bitLLM without its sub-norms": ({"architectures": ["BitnetForCausalLM"]}, "it lacks the sub-norms"),
+    "two architectures": ({"architectures": ["BitNetForCausalLM"] * 2}, "and BitNetForCausalLM"),
     "Bonsai": ({"architectures": ["Qwen3ForCausalLM"], "_name_or_path": "Ternary-Bonsai-8B"}, "Bonsai"),
     "Maple": ({"architectures": ["MapleForCausalLM"]}, "Maple"),
     "BitCPM4": ({"architectures": ["MiniCPMForCausalLM"]}, "BitCPM4"),
-    "other": ({"architectures": ["GPT2LMHeadModel"]}, "runs BitNetForCausalLM only"),
+    "BitNet-embedding": (
+        {"architectures": ["Qwen3Model"], "_name_or_path": "microsoft/BitNet-embedding-0.6B"},
+        "BitNet-embedding: it has a norm before",
+    ),
+    "first Falcon": ({"architectures": ["FalconForCausalLM"]}, "first Falcon"),
+    "other": ({"architectures": ["GPT2LMHeadModel"]}, "runs BitNetForCausalLM, .* only"),
     "none": ({"architectures": None}, "does not name"),
     "a list too deep": ({"architectures": [[["x"]]]}, "list"),
-    "SiLU": ({"hidden_act": "silu"}, "SiLU"),
-    "untied": ({"tie_word_embeddings": False}, "untied"),
+    "GELU": ({"hidden_act": "gelu"}, "activation is gelu"),
+    "activation a list": ({"hidden_act": ["silu"]}, "activation is list"),
+    "untied without a head": ({"tie_word_embeddings": False}, "untied and is not there"),
+    "tied to a text": ({"tie_word_embeddings": "true"}, "not true or false"),
+    "two bits": ({"weight_bits": 2}, "weight_bits is 2"),
     "bias": ({"attention_bias": True}, "attention_bias"),
     "RoPE scaled": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scales RoPE"),
     "RoPE scaled, new": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "scales RoPE"),
     "half of RoPE": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "scales RoPE"),
     "two thetas": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "twice"),
-    "head_dim": ({"head_dim": 32}, "head_dim is 32"),
+    "half of RoPE, beside": ({"rope_parameters": {}, "partial_rotary_factor": 0.5}, "scales RoPE"),
+    "head_dim": ({"head_dim": 32}, r"q_proj.weight is \[16, 64\]; config.json asks for \[32, 64\]"),
+    "head_dim odd": ({"head_dim": 15}, "must be even"),
+    "head_dim none": ({"head_dim": -4}, "no size"),
+    "heads uneven": ({"num_attention_heads": 5, "num_key_value_heads": 5}, "does not divide into 5"),
     "eps zero": ({"rms_norm_eps": 0}, "rms_norm_eps"),
     "size a text": ({"hidden_size": "64"}, "no whole number"),
     "method": ({"quantization_config": {"quant_method": "gptq"}}, "not of the method bitnet"),
     "class": ({"quantization_config": OFFLINE | {"linear_class": "x"}}, "direction"),
-    "rms": ({"quantization_config": OFFLINE | {"use_rms_norm": True}}, "use_rms_norm"),
+    "rms": ({"quantization_config": OFFLINE | {"use_rms_norm": True}}, "use_rms_norm.*embedding"),
     "kept": ({"quantization_config": OFFLINE | {"modules_to_not_convert": ["q_proj"]}}, "not ternary"),
     "eos": ({"eos_token_id": 5}, "no special token"),
     "more layers": ({"num_hidden_layers": 3}, "11 tensors are missing"),
@@ -367,11 +378,21 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Any], dict[str, Any], str]] = {
     "code 3": (lambda t: t.update({f"{Q}.weight": ("U8", code_three())}), OFFLINE, "code 3 in row 37"),
     "no scale": (lambda t: t.pop(f"{Q}.weight_scale"), OFFLINE, "no weight_scale"),
     "scale zero": (lambda t: t.update({f"{Q}.weight_scale": brain(np.zeros(1))}), INVERSE, "above zero"),
-    "two scales": (lambda t: t.update({f"{Q}.weight_scale": brain(np.ones(2))}), OFFLINE, "asks for"),
-    "head": (lambda t: t.update({"lm_head.weight": brain(np.ones(4))}), OFFLINE, "untied"),
+    "two scales": (
+        lambda t: t.update({f"{Q}.weight_scale": brain(np.ones(2))}), OFFLINE, "one scale for a matrix"
+    ),
+    "head of another shape": (
+        lambda t: t.update({"lm_head.weight": brain(np.ones(4))}), OFFLINE, r"lm_head.weight is \[4\]"
+    ),
+    "another head though tied": (
+        lambda t: t.update({"lm_head.weight": brain(np.ones((264, 64)))}), OFFLINE, "is not the embedding"
+    ),
+    "norm before a projection": (
+        lambda t: t.update({f"{Q}.norm.weight": brain(np.ones(64))}), OFFLINE, "as BitNet-embedding has"
+    ),
     "bias": (lambda t: t.update({f"{Q}.bias": brain(np.ones(64))}), OFFLINE, "not of config.json's model"),
     "no sub-norm": (
-        lambda t: t.pop("model.layers.0.mlp.ffn_sub_norm.weight"), OFFLINE, "no sub-norms"
+        lambda t: t.pop("model.layers.0.mlp.ffn_sub_norm.weight"), OFFLINE, "lacks the sub-norms"
     ),
     "norm of bytes": (
         lambda t: t.update({"model.norm.weight": ("U8", np.ones(64, np.uint8))}), OFFLINE, "not of floats"
