@@ -309,4 +309,4 @@ def test_memory_stays_within_a_few_matrices(tmp_path: Path) -> None:
     layers = sum(1 for _ in opened.stream.layers())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert layers == 12 and peak < (directory / "model.safetensors").stat().st_size / 5
+    assert layers == 12 and peak < (directory / "model.safetensors").stat().st_size / 3
