@@ -12,6 +12,7 @@ from typing import Any, Final
 from engine.errors import HaloError
 
 MODEL_FILES: Final = ("model.halo", "tokenizer.htok", "model.json")
+OTHER_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model")
 SOURCE_GENERATION: Final = "source"
 CHAT_TEMPLATES: Final = ("bitnet", "halo-demo")
 
@@ -82,6 +83,8 @@ def _model_dir(model: str | Path | None, env: Mapping[str, str], generation_dir:
 def _usable(path: Path, origin: str) -> Path:
     try:
         missing = [name for name in MODEL_FILES if not (path / name).is_file()]
+        if any((path / name).is_file() for name in OTHER_TOKENIZERS):
+            missing = [name for name in missing if name != "tokenizer.htok"]
     except OSError as error:
         raise HaloError(
             f"The model directory {path} ({origin}) cannot be read: {error.strerror}.",
@@ -95,7 +98,7 @@ def _usable(path: Path, origin: str) -> Path:
     if missing:
         raise HaloError(
             f"The model in {path} ({origin}) lacks {', '.join(missing)}.",
-            hint="run `halo install` again: it completes a half-made model store.",
+            hint="run `halo install` again for the bundled model; import or pull any other one again.",
         )
     return path
 

@@ -25,6 +25,8 @@ def ensure_prepared(model_dir: Path) -> bool:
         try:
             verify_prepared(prepared)
         except HaloError:
+            if not (model_dir / "model.h1b").is_file():
+                raise  # it came prepared: nothing here to make it from
             prepared.unlink()
         else:
             if not (model_dir / SEAL).is_file():

@@ -1,4 +1,7 @@
-"""The content-addressed model store: verify, unpack, name by content. Not how a model file is parsed."""
+"""The content-addressed model store: verify, unpack, name by content. Not how a model file is parsed.
+
+What holds a model directory together, wherever it lies, is its seal: engine/formats/seal.py.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-from engine.atomic import fsync_directory, replacing
+from engine.atomic import fsync_directory
 from engine.errors import HaloError
+from engine.formats.seal import PREPARED, SEAL, problems, seal, sha256_of
 
+__all__ = [
+    "PREPARED", "SEAL", "is_stored", "is_whole", "read_description", "seal", "store_name", "unpack",
+]  # fmt: skip
 _CHUNK: Final = 1 << 20
 _DESCRIPTION: Final = "model.json"
-PREPARED: Final = "model.halo"
-SEAL: Final = "model.halo.sha256"
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -62,24 +67,11 @@ def is_whole(store: Path, description: dict[str, Any]) -> bool:
     if not is_stored(store, description):
         return False
     try:
-        sealed = (directory / SEAL).read_text().strip()
-        return _sha256(directory / PREPARED) == sealed and all(
-            _sha256(directory / name) == facts["sha256"] for name, facts in description["files"].items()
+        return not any(problems(directory)) and all(
+            sha256_of(directory / name) == facts["sha256"] for name, facts in description["files"].items()
         )
-    except (OSError, UnicodeDecodeError):
+    except (OSError, HaloError):
         return False
-
-
-def seal(directory: Path) -> None:
-    """Write down the hash of the prepared file beside it, so that later damage can be seen."""
-    digest = _sha256(directory / PREPARED)
-    with replacing(directory / SEAL) as stream:
-        stream.write(f"{digest}\n".encode())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -22,7 +22,7 @@ from engine.errors import HaloError
 from engine.formats.h1b import read_h1b
 from engine.formats.htok import Vocabulary, write_htok
 from engine.formats.prepared import prepare
-from engine.formats.store import unpack
+from engine.formats.store import seal, unpack
 from engine.generate import Engine
 from engine.model import Model
 from engine.reference import Reference
@@ -46,6 +46,7 @@ def write_model(path: Path, model: Model, merges: int, template: str = "halo-dem
     prepare(model, path / "model.halo")
     card = {"schema": 1, "name": "tiny", "chat_template": template, "context": CONTEXT}
     (path / "model.json").write_text(json.dumps(card))
+    seal(path)
     return path
 
 
@@ -176,6 +177,7 @@ def test_no_library_is_a_sentence_and_a_hint(tiny, tmp_path, monkeypatch):
 def demo(tmp_path_factory):
     directory = unpack(DEMO, tmp_path_factory.mktemp("store"))
     prepare(read_h1b(directory / "model.h1b"), directory / "model.halo")
+    seal(directory)
     return directory
 
 
