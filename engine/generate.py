@@ -98,7 +98,9 @@ class Engine:
     ) -> Engine:
         """Open a model directory (model.halo, tokenizer.htok, model.json) on the native backend."""
         from engine.backend import NativeModel
+        from engine.formats.seal import check_open
 
+        check_open(model_dir)
         card = read_card(model_dir)
         tokenizer = Tokenizer.from_htok(model_dir / "tokenizer.htok")
         model = NativeModel.open(model_dir / "model.halo", library)

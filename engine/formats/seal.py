@@ -95,6 +95,8 @@ def read_seal(directory: Path) -> tuple[dict[str, str], int, str]:
     """(sha256 of each name, length of model.halo, sha256 of its first MiB); HaloError for a damaged seal."""
     path = directory / SEAL
     try:
+        if path.exists() and not path.is_file():
+            raise broken(directory, f"{SEAL} is no file")
         with path.open("rb") as stream:
             text = stream.read(MAX_SEAL + 1).decode("ascii")
     except FileNotFoundError as error:
