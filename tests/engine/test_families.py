@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
@@ -310,3 +311,29 @@ def test_memory_stays_within_a_few_matrices(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert layers == 12 and peak < (directory / "model.safetensors").stat().st_size / 3
+
+
+@pytest.mark.parametrize("data", [FALCON3, ONE_BIT], ids=["Falcon3", "1bitLLM"])
+def test_a_mutated_config_is_read_or_refused(tmp_path: Path, data: dict[str, Any]) -> None:
+    """Bad input never gives a traceback; what is read all the same is a model of the shape that it says."""
+    truth = Truth(data)
+    directory = written(tmp_path / "x", data, truth.masters() if data is ONE_BIT else truth.packed())
+    original = (directory / "config.json").read_bytes()
+    rng = random.Random(9)
+    refusals = 0
+    for _ in range(300):
+        mutated = bytearray(original)
+        for _ in range(rng.randint(1, 2)):
+            place = rng.randrange(len(mutated))
+            mutated[place : place + rng.randrange(4)] = rng.choice(
+                (b"1", b"null", b"[", b'"', b"{}", b"-", b"e9")
+            )
+        (directory / "config.json").write_bytes(mutated)
+        try:
+            model = model_of(open_checkpoint(directory))
+        except HaloError:
+            refusals += 1
+            continue
+        c = model.config
+        assert model.embedding.shape == (c.vocab_size, c.hidden_size) and len(model.layers) == c.num_layers
+    assert refusals > 100
