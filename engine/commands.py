@@ -18,6 +18,7 @@ from engine.errors import EXIT_COULD_NOT_RUN, EXIT_WELL, HaloError
 if TYPE_CHECKING:
     from engine.generate import Engine, Step
     from engine.sampling import SamplingParams
+    from engine.speculate import Speculation, Tally
 
 EXIT_INTERRUPTED: Final = 130
 DEFAULT_LISTEN: Final = "127.0.0.1:8180"
@@ -50,6 +51,7 @@ def configure_serve(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="model directory")
     parser.add_argument("--api-keys", type=Path, metavar="FILE", help="one sha256 of an API key a line")
     parser.add_argument("--threads", type=_integer(1, 1024), metavar="N", help="compute threads")
+    _speculation_argument(parser)
 
 
 def run_generate(args: Namespace) -> int:
@@ -64,7 +66,7 @@ def run_generate(args: Namespace) -> int:
         started = time.monotonic()
         code, count = _stream(engine.generate(ids, params))
         if args.stats:
-            _print_stats(len(ids), count, time.monotonic() - started)
+            _print_stats(len(ids), count, time.monotonic() - started, engine.tally)
     return code
 
 
@@ -101,6 +103,7 @@ def run_serve(args: Namespace) -> int:
             model=args.model,
             api_keys=args.api_keys,
             threads=args.threads,
+            speculation=_speculation(args),
         )
     )
 
@@ -122,6 +125,21 @@ def _sampling_arguments(parser: ArgumentParser, max_tokens: int) -> None:
     add("--seed", type=int, metavar="S", help="the same seed gives the same text")
     add("--model", type=Path, metavar="DIR", help="model directory")
     add("--threads", type=_integer(1, 1024), metavar="N", help="compute threads")
+    _speculation_argument(parser)
+
+
+def _speculation_argument(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--speculate",
+        metavar="HOW",
+        help="auto (the default), off, or N drafts a step; changes the speed and never the text",
+    )
+
+
+def _speculation(args: Namespace) -> Speculation | None:
+    from engine.speculate import parse_speculation
+
+    return None if args.speculate is None else parse_speculation(args.speculate)
 
 
 def _sampling(args: Namespace) -> SamplingParams:
@@ -142,7 +160,8 @@ def _open_engine(args: Namespace) -> Engine:
     from engine.generate import Engine
     from engine.locate import locate
 
-    return Engine.open(locate(args.model).model_dir, threads=args.threads)
+    speculation = _speculation(args)
+    return Engine.open(locate(args.model).model_dir, threads=args.threads, speculation=speculation)
 
 
 def _generate_json(engine: Engine, ids: list[int], params: SamplingParams) -> int:
@@ -216,9 +235,11 @@ def _read_stdin() -> str:
         ) from error
 
 
-def _print_stats(prompt_tokens: int, tokens: int, seconds: float) -> None:
+def _print_stats(prompt_tokens: int, tokens: int, seconds: float, tally: Tally) -> None:
     rate = tokens / seconds if seconds > 0 else 0.0
     _note(f"prompt {prompt_tokens} tokens, generated {tokens} in {seconds:.2f} s, {rate:.1f} tokens/s")
+    if tally.drafted:
+        _note(f"speculation: {tally.accepted} of {tally.drafted} drafts were right, {tally.steps} steps")
 
 
 Bounded = TypeVar("Bounded", int, float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,17 @@ from numpy.typing import NDArray
 from engine.chat import stop_ids
 from engine.errors import HaloError
 from engine.locate import ModelCard, read_card
-from engine.sampling import SamplingParams, make_rng, sample
+from engine.sampling import Noise, SamplingParams, is_greedy, make_noise, sample
+from engine.speculate import (
+    OFF,
+    Costs,
+    Drafter,
+    History,
+    Speculation,
+    Tally,
+    accept,
+    default_speculation,
+)
 from engine.tokenizer import Tokenizer
 
 PREFILL_CHUNK: Final = 64  # a cancelled request is noticed between chunks
@@ -39,6 +50,12 @@ class TokenSession(Protocol):
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
     ) -> NDArray[np.float32]:
         """Logits f32[n_wanted, vocab]; KV entries at `positions` are overwritten, earlier ones are read."""
+        ...
+
+    def run_argmax(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
+    ) -> list[int]:
+        """As `run`, but the arg max of each wanted row alone, the lowest id on a tie."""
         ...
 
     def close(self) -> None: ...
@@ -77,6 +94,7 @@ class Engine:
         tokenizer: Tokenizer,
         card: ModelCard,
         facts: dict[str, Any] | None = None,
+        speculation: Speculation = OFF,
     ) -> None:
         self.tokenizer = tokenizer
         self.card = card
@@ -86,6 +104,9 @@ class Engine:
         self._closers: list[Callable[[], None]] = [session.close]
         self._stop_ids = stop_ids(tokenizer)
         self._cached: list[int] = []  # tokens whose keys and values the slot holds
+        self.speculation = speculation
+        self.tally = Tally()
+        self._costs = {greedy: Costs(speculation.limit) for greedy in (True, False)}
 
     @classmethod
     def open(
@@ -95,12 +116,18 @@ class Engine:
         *,
         context: int | None = None,
         threads: int | None = None,
+        speculation: Speculation | None = None,
     ) -> Engine:
-        """Open a model directory (model.halo, tokenizer.htok, model.json) on the native backend."""
+        """Open a model directory (model.halo, tokenizer.htok, model.json) on the native backend.
+
+        `speculation` defaults to what HALO_SPECULATE says; it changes the speed and never a token.
+        """
         from engine.backend import NativeModel
         from engine.formats.seal import check_open
 
         check_open(model_dir)
+        speculation = default_speculation() if speculation is None else speculation
+
         card = read_card(model_dir)
         tokenizer = Tokenizer.from_htok(model_dir / "tokenizer.htok")
         model = NativeModel.open(model_dir / "model.halo", library)
@@ -117,7 +144,7 @@ class Engine:
             model.close()
             raise
         facts = {**model.facts, **session.facts}
-        engine = cls(session, tokenizer, ModelCard(card.name, card.chat_template, length), facts)
+        engine = cls(session, tokenizer, ModelCard(card.name, card.chat_template, length), facts, speculation)
         engine._closers.append(model.close)
         return engine
 
@@ -169,19 +196,25 @@ class Engine:
         """
         params.validate()
         self.check_prompt(prompt_ids)
-        rng = make_rng(params.seed, index)
+        noise = None if is_greedy(params) else make_noise(params.seed, index)
         text = _TextStream(self.tokenizer, params.stop, strip_leading)
-        room = self.context - len(prompt_ids)
-        left = room if params.max_tokens is None else min(params.max_tokens, room)
-        logits = self._prefill(prompt_ids, cancelled)
-        while logits is not None and not cancelled():
-            token = sample(logits, params, rng)
-            step = self._step(token, text, last=left == 1)
-            yield step
-            if step.finish_reason is not None:
-                return
-            left -= 1
-            logits = self._run([token], len(self._cached))
+        position = len(prompt_ids)  # of the next token
+        end = self.context if params.max_tokens is None else min(self.context, position + params.max_tokens)
+        drafter: Drafter | None = None
+        tokens = self._prefill(prompt_ids, params, noise, cancelled)
+        while tokens:
+            for token in tokens:
+                if cancelled():
+                    return
+                position += 1
+                step = self._step(token, text, last=position == end)
+                yield step
+                if step.finish_reason is not None:
+                    return
+            if drafter is None and self.speculation.limit:  # not before the first token is out
+                drafter = Drafter(self.speculation, self._costs[noise is None], History(prompt_ids))
+            drafts = drafter.next(tokens, end - position - 1) if drafter else []
+            tokens = self._verify([tokens[-1], *drafts], position - 1, params, noise)
 
     def complete(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, strip_leading: bool = False
@@ -206,28 +239,53 @@ class Engine:
         return Step(token, piece, "stop" if text.stopped else None)
 
     def _prefill(
-        self, prompt_ids: Sequence[int], cancelled: Callable[[], bool]
-    ) -> NDArray[np.float32] | None:
-        """Logits after the prompt, or None where cancelled. What the slot already holds is not run again."""
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        noise: Noise | None,
+        cancelled: Callable[[], bool],
+    ) -> list[int]:
+        """The token after the prompt, or none where cancelled. What the slot holds is not run again."""
         start = min(_common_prefix(self._cached, prompt_ids), len(prompt_ids) - 1)
-        logits = None
+        tokens: list[int] = []
         while start < len(prompt_ids):
             if cancelled():
-                return None
+                return []
             chunk = prompt_ids[start : start + PREFILL_CHUNK]
-            logits = self._run(chunk, start)
+            is_last = start + len(chunk) == len(prompt_ids)
+            tokens = list(self._run(chunk, start, int(is_last), params, noise))
             start += len(chunk)
-        return logits
+        return tokens
 
-    def _run(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
-        """Run tokens at positions start.. and return the logits f32[vocab] after the last."""
+    def _verify(
+        self, tokens: Sequence[int], start: int, params: SamplingParams, noise: Noise | None
+    ) -> list[int]:
+        """One step: the tokens after tokens[0] as the model has them, up to the first that is no draft.
+
+        The slot then holds keys of wrong drafts too; the next run begins before them and writes over them.
+        """
+        began = time.perf_counter()
+        choices = self._run(tokens, start, len(tokens), params, noise)
+        self._costs[noise is None].record(len(tokens) - 1, time.perf_counter() - began)
+        kept = accept(tokens[1:], choices)
+        self.tally.count(len(tokens) - 1, len(kept) - 1)
+        return kept
+
+    def _run(
+        self, tokens: Sequence[int], start: int, wanted: int, params: SamplingParams, noise: Noise | None
+    ) -> Iterator[int]:
+        """Run tokens at positions start..; the choices after each of the last `wanted`."""
         n = len(tokens)
         del self._cached[start:]  # whatever happens now, what stood there is gone
-        want = [False] * (n - 1) + [True]
-        logits = self._session.run(list(tokens), [0] * n, list(range(start, start + n)), want)
+        entries = (list(tokens), [0] * n, range(start, start + n), [False] * (n - wanted) + [True] * wanted)
+        if noise is None:
+            ids = self._session.run_argmax(*entries)
+            self._cached.extend(tokens)
+            return iter(ids)
+        logits = self._session.run(*entries)
         self._cached.extend(tokens)
-        last: NDArray[np.float32] = logits[-1]
-        return last
+        first = start + n - wanted + 1
+        return (sample(row, params, noise, first + i) for i, row in enumerate(logits))
 
 
 class _TextStream:

@@ -1,7 +1,14 @@
-"""Logits to one token id: greedy, temperature, top-k, top-p, seeded; stop conditions are in generate.py."""
+"""Logits to one token id: greedy, temperature, top-k, top-p, seeded; stop conditions are in generate.py.
+
+A token is a function of its logits, the seed, the number of the choice and its position in the sequence, and
+of nothing that was drawn before. So a seed gives the same tokens with speculation on or off, alone or in a
+batch, and a continuation that is taken up again at some position goes on as it would have gone on.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +25,8 @@ class SamplingParams:
     """How a continuation is chosen and where it ends.
 
     temperature 0 is greedy. top_k 0 and top_p 1 are off. max_tokens None is what the context leaves.
-    The same seed on the same build gives the same tokens; None draws one from the system.
+    The same seed gives the same tokens on the same build, with speculation or without, alone or in a batch;
+    None draws one from the system.
     """
 
     max_tokens: int | None = None
@@ -37,23 +45,38 @@ class SamplingParams:
         _require(all(self.stop), "a stop string must not be empty")
 
 
-def make_rng(seed: int | None, index: int = 0) -> np.random.Generator:
-    """The random source of choice number `index`; choice 0 is what the seed alone gives."""
-    if seed is None:
-        return np.random.Generator(np.random.PCG64())
-    word = seed % 2**64  # OpenAI's seed is a signed 64-bit number
-    return np.random.Generator(np.random.PCG64(word if index == 0 else [word, index]))
+@dataclass(frozen=True)
+class Noise:
+    """The random numbers of one choice, one a position: counter-based, so each on its own."""
+
+    key: bytes
+
+    def at(self, position: int) -> float:
+        """Uniform in [0, 1), with 53 bits, for the token at `position` of the sequence (the first has 0)."""
+        digest = hashlib.sha256(self.key + position.to_bytes(8, "little")).digest()
+        return (int.from_bytes(digest[:8], "little") >> 11) * 2.0**-53
 
 
-def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.Generator) -> int:
-    """One token id from logits f32[vocab]; at temperature 0 the arg max, the lowest id on a tie."""
+def make_noise(seed: int | None, index: int = 0) -> Noise:
+    """The random numbers of choice number `index` under `seed`; without one, the system draws it."""
+    word = secrets.randbits(64) if seed is None else seed % 2**64  # OpenAI's is a signed 64-bit number
+    return Noise(b"halo" + word.to_bytes(8, "little") + index.to_bytes(8, "little"))
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the arg max is all that is asked for."""
+    return params.temperature == 0.0 or params.top_k == 1
+
+
+def sample(logits: NDArray[np.float32], params: SamplingParams, noise: Noise, position: int) -> int:
+    """The token id at `position` from logits f32[vocab]; greedy takes the lowest id on a tie."""
     best = int(np.argmax(logits))
     if not np.isfinite(logits[best]):
         raise HaloError(
             "The model gave logits that are no numbers.",
             hint="its files may be damaged: run `halo doctor`.",
         )
-    if params.temperature == 0.0 or params.top_k == 1:
+    if is_greedy(params):
         return best
     # Tokens e^-30 below the best are never drawn in practice, and sorting a whole vocabulary is slow.
     near = np.flatnonzero(logits >= logits[best] - np.float32(NEGLIGIBLE_NATS * params.temperature))
@@ -69,7 +92,7 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.G
         kept = min(kept, len(cumulative))
         total = float(cumulative[kept - 1])
         cumulative = cumulative[:kept]
-    place = int(np.searchsorted(cumulative, rng.random() * total, side="right"))
+    place = int(np.searchsorted(cumulative, noise.at(position) * total, side="right"))
     return int(order[min(place, len(cumulative) - 1)])
 
 

@@ -25,6 +25,7 @@ from engine.server.keys import read_keys
 from engine.server.openai import Service
 from engine.server.runner import DEFAULT_QUEUE_LIMIT, Runner
 from engine.server.sockets import activated_sockets, bind, describe, notify, refuse_open_address
+from engine.speculate import Speculation
 
 DRAIN_SECONDS: Final = 15  # the unit has TimeoutStopSec=20, after which systemd kills
 
@@ -38,6 +39,7 @@ class ServeOptions:
     model: Path | None = None
     api_keys: Path | None = None
     threads: int | None = None
+    speculation: Speculation | None = None
     queue_limit: int = DEFAULT_QUEUE_LIMIT
 
 
@@ -48,7 +50,7 @@ def serve(options: ServeOptions) -> int:
     digests = read_keys(options.api_keys) if options.api_keys else None
     sockets = listening_sockets(options.host, options.port, has_keys=digests is not None)
     try:
-        with Engine.open(home.model_dir, threads=options.threads) as engine:
+        with Engine.open(home.model_dir, threads=options.threads, speculation=options.speculation) as engine:
             runner = Runner(engine, options.queue_limit)
             service = Service(engine=engine, runner=runner, home=home, created=int(time.time()))
             return serve_service(service, sockets, digests)

@@ -85,7 +85,10 @@ def byte_tokens(data: bytes) -> list[int]:
 
 
 class ScriptedSession:
-    """Emits `script` after every prompt, over and over; checks that positions never leave a hole."""
+    """Emits `script` after every prompt, over and over; checks that positions never leave a hole.
+
+    What comes depends on the position alone, so wrong drafts may be verified and written over.
+    """
 
     def __init__(self, script: Sequence[int], delay: float = 0.0, vocab: int = TOKENIZER.size) -> None:
         self.script = list(script)
@@ -97,7 +100,7 @@ class ScriptedSession:
         self.gate.set()
         self.fail = False
         self.closed = False
-        self._at = 0
+        self._prompt_end = 0
         self._filled = 0
 
     def run(
@@ -106,9 +109,9 @@ class ScriptedSession:
         assert len(tokens) == len(slots) == len(positions) == len(want)
         assert list(positions) == list(range(positions[0], positions[0] + len(tokens)))
         assert positions[0] <= self._filled, "a position was left out"
-        self._at = self._at + 1 if len(tokens) == 1 and positions[0] == self._filled else 0
-        if self._at == 0:
+        if not all(want) or not self._prompt_end < positions[0] <= self._filled:
             self.prefills.append(list(tokens))
+            self._prompt_end = positions[-1]
         self._filled = positions[-1] + 1
         self.runs += 1
         if self.delay:
@@ -118,8 +121,13 @@ class ScriptedSession:
             self.fail = False
             raise RuntimeError("the backend broke")
         logits = np.full((sum(want), self.vocab), -5.0, np.float32)
-        logits[:, self.script[self._at % len(self.script)]] = 9.0
+        wanted = [position for position, asked in zip(positions, want, strict=True) if asked]
+        for row, position in zip(logits, wanted, strict=True):
+            row[self.script[(position - self._prompt_end) % len(self.script)]] = 9.0
         return logits
+
+    def run_argmax(self, *entries: Sequence[int]) -> list[int]:
+        return [int(token) for token in self.run(*entries).argmax(axis=1)]
 
     def close(self) -> None:
         self.closed = True
@@ -146,7 +154,10 @@ class HashSession:
                 digest = hashlib.sha256(np.array(self.kv, np.int64).tobytes()).digest()
                 rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
                 rows.append(rng.standard_normal(self.vocab).astype(np.float32) * 3)
-        return np.array(rows, np.float32)
+        return np.array(rows, np.float32).reshape(-1, self.vocab)
+
+    def run_argmax(self, *entries: Sequence[int]) -> list[int]:
+        return [int(token) for token in self.run(*entries).argmax(axis=1)]
 
     def close(self) -> None:
         pass
