@@ -87,7 +87,8 @@ def read_token(given: Path | None, environ: Mapping[str, str]) -> str:
     """The token of HF_TOKEN, else of a file: `given`, HF_TOKEN_PATH, $HF_HOME/token, the hub's own cache."""
     if given is None and environ.get("HF_TOKEN"):
         return _sound_token(environ["HF_TOKEN"], "HF_TOKEN")
-    home = environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111
+    cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    home = environ.get("HF_HOME") or f"{cache}/huggingface"
     path = given or Path(environ.get("HF_TOKEN_PATH") or f"{home}/token")
     try:
         with path.open("rb") as stream:

@@ -75,18 +75,26 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _models_in(folder: Path) -> Iterator[Path]:
-    if (folder / DESCRIPTION).is_file():
+    if _is_file(folder / DESCRIPTION):
         yield folder
         return
     for path in _children(folder):
-        if not path.name.startswith(".") and (path / DESCRIPTION).is_file():
+        if not path.name.startswith(".") and _is_file(path / DESCRIPTION):
             yield path
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, as far as this user may know: another's directory is no error."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _describe(path: Path, used_by: list[str]) -> Known:
     from engine.formats.prepared import read_directory
 
-    size = sum(child.stat().st_size for child in _children(path) if child.is_file())
+    size = sum(child.stat().st_size for child in _children(path) if _is_file(child))
     name = path.name
     try:
         card = read_card(path)
@@ -149,7 +157,7 @@ def verify(directory: Path) -> Verdict:
 
     Raises HaloError (exit code 3) where there is no model to check.
     """
-    if not (directory / DESCRIPTION).is_file() and not (directory / PREPARED).is_file():
+    if not _is_file(directory / DESCRIPTION) and not _is_file(directory / PREPARED):
         raise HaloError(
             f"There is no model in {directory}.",
             hint="`halo model list` shows the models that halo knows of",

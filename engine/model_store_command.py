@@ -193,9 +193,10 @@ def run_list(args: Namespace) -> int:
     rows = [row(model) for model in models]
     if not sys.stdout.isatty():
         for cells in rows:
-            print("\t".join(cells))
+            print("\t".join(map(_clean, cells)))
         return EXIT_WELL
     rows.insert(0, ["NAME", "FAMILY", "WEIGHTS", "ON DISK", "CONTEXT", "USED BY", "WHERE"])
+    rows = [[_clean(cell) for cell in cells] for cells in rows]
     widths = [max(len(cells[at]) for cells in rows) for at in range(len(rows[0]))]
     for cells in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
@@ -225,14 +226,19 @@ def run_verify(args: Namespace) -> int:
         print(json.dumps({**told, "cure": verdict.cure if wrong else ""}))
         return EXIT_ERROR if wrong else EXIT_WELL
     for name in verdict.whole:
-        print(f"whole    {name}")
+        print(f"whole    {_clean(name)}")
     for name, problem in verdict.problems:
-        print(f"damaged  {name}: {problem}")
+        print(_clean(f"damaged  {name}: {problem}"))
     if verdict.problems:
         only_seal = all(name == SEAL for name, _ in verdict.problems)
         hint = f"halo model verify --seal {shlex.quote(str(directory))}" if only_seal else verdict.cure
         raise HaloError(f"The model in {directory} is damaged.", hint=hint)
     return EXIT_WELL
+
+
+def _clean(text: str) -> str:
+    """Text of a file that may be anyone's, for a terminal: nothing in it moves the cursor."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _count(number: int) -> str:

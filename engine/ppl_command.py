@@ -51,10 +51,12 @@ def _measure(args: Namespace, text: str) -> dict[str, Any]:
     """Open the model, score the text, and say everything about it but the text's name."""
     from engine import ppl
     from engine.backend import NativeModel
+    from engine.formats.seal import check_open
     from engine.locate import locate, read_card
     from engine.tokenizer import Tokenizer
 
     folder = locate(args.model).model_dir
+    check_open(folder)
     card, tokenizer = read_card(folder), Tokenizer.from_htok(folder / "tokenizer.htok")
     with NativeModel.open(folder / "model.halo") as model:
         _check_vocabulary(folder, model.config.vocab_size, tokenizer)

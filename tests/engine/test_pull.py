@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ from engine.errors import HaloError
 from engine.fetch import Client, Retry, origin, shown
 from engine.hub import choose, endpoint_of, listing, read_token, split_repo
 from engine.pull import RECORD, Pulled, Wish, pull
+from engine.pull_progress import progress_for
 from tests.engine.hub_server import (
     COMMIT,
     REPO,
@@ -621,15 +625,106 @@ def test_https_is_checked_against_the_store_of_the_system(authority, tmp_path):
     hub.close()
 
 
-def test_a_proxy_is_used_for_https_and_never_for_loopback(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://me:pw@127.0.0.1:1")
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+class Proxy:
+    """A CONNECT proxy that leads every tunnel to one port, and keeps what it was told in clear."""
+
+    def __init__(self, port: int) -> None:
+        self.heard: list[bytes] = []
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    head += client.recv(1)
+                self.heard.append(head)
+                client.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+                server = socket.create_connection(("127.0.0.1", self._port))
+                for one, other in ((client, server), (server, client)):
+                    threading.Thread(target=self._pipe, args=(one, other), daemon=True).start()
+
+    def _pipe(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_proxy_carries_https_and_sees_no_token(authority, tmp_path, monkeypatch):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority / "cert.pem", authority / "key.pem")
+    hub = Hub(FILES, context)
+    proxy = Proxy(hub.server.server_address[1])
+    monkeypatch.setenv("https_proxy", f"http://me:pw@127.0.0.1:{proxy.port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    trusting = ssl.create_default_context(cafile=authority / "ca.pem")
+    client = Client("https://localhost", TOKEN, stall=5.0, context=trusting)
+    pull(client, Wish(REPO, "main"), tmp_path, Told(), Retry(tries=1))
+    hub.close()
+    proxy.close()
+    assert_whole(tmp_path)
+    assert all(headers["Authorization"] == f"Bearer {TOKEN}" for _, headers in hub.seen)
+    assert all(head.startswith(b"CONNECT localhost:443 HTTP/1.") for head in proxy.heard)
+    assert all(b"Proxy-Authorization: Basic bWU6cHc=" in head for head in proxy.heard)
+    assert TOKEN.encode() not in b"".join(proxy.heard)
+
+
+def test_loopback_needs_no_proxy_and_a_dead_proxy_is_a_sentence(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://me:pw@127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     fetch(hub, tmp_path / "m")
     assert_whole(tmp_path / "m")
     client = Client("https://hub.example", stall=1.0)
     with pytest.raises(HaloError) as info:
         pull(client, Wish(REPO, "main"), tmp_path / "n", Told(), Retry(tries=1))
     assert "Connection refused" in str(info.value) and "pw" not in str(info.value)
+
+
+def test_a_disk_that_takes_no_more_ends_the_pull_and_the_part_is_gone_on_with(hub, tmp_path):
+    """What the kernel says of a full disk and of a limit comes the same way: a write that fails."""
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom engine.errors import HaloError\n"
+        "from engine.fetch import Client\nfrom engine.pull import Wish, pull\n"
+        "from tests.engine.test_pull import Told\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        f"try: pull(Client({hub.url!r}), Wish({REPO!r}, 'main'), Path(sys.argv[1]), Told())\n"
+        "except HaloError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, str(tmp_path / "m")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "cannot go on" in done.stdout and "File too large" in done.stdout, done.stderr
+    assert not (tmp_path / "m" / "model.safetensors").exists()
+    fetch(hub, tmp_path / "m")
+    assert_whole(tmp_path / "m")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
+def test_the_progress_is_for_a_person(hub, tmp_path, stream):
+    hub.faults["model.safetensors"] = [cut(100)]
+    with progress_for(stream) as progress:
+        wish, retry = Wish(REPO, "main"), Retry(sleep=lambda _: None)
+        pull(Client(hub.url), wish, tmp_path, progress, retry)
+    said = stream.getvalue()
+    assert "broke off after 100 of 30,000 bytes" in said
+    if isinstance(stream, Terminal):
+        assert "100%" in said or "30.0/30.0" in said or "kB" in said
+    else:
+        assert "30,0" in said and "\x1b" not in said
 
 
 def test_nothing_of_the_suite_leaves_this_machine():
