@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from engine.backend import NativeModel
 from engine.errors import HaloError
+from engine.formats.seal import seal
 from engine.ppl import LOGITS_BYTES, Protocol, Scores, characters, plan, positions_at_once, score, surprisal
 from engine.reference import Reference
 from tests.engine.server_fixtures import VOCABULARY, HashSession
@@ -57,6 +58,7 @@ def describe(folder: Path, context: int) -> None:
     """Write the trained context into model.json."""
     card = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**card, "context": context}))
+    seal(folder)
 
 
 def halo_ppl(*args: object, env, stdin: bytes = b""):
