@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
+from weakref import WeakKeyDictionary
 
+from engine.chat_template import ChatTemplate, Part
 from engine.errors import HaloError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import WHITESPACE, TextTokenizer
 
 END_OF_TURN: Final = "<|eot_id|>"
 ROLES: Final = ("system", "user", "assistant")
+JINJA: Final = "jinja"  # the checkpoint's own template, which load_tokenizer gives the tokenizer
+_compiled: WeakKeyDictionary[TextTokenizer, ChatTemplate] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -21,31 +25,70 @@ class Message:
     content: str
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, template: str = "bitnet") -> list[int]:
+def render(messages: Sequence[Message], tokenizer: TextTokenizer, template: str = "bitnet") -> list[int]:
     """Token ids of a conversation, ending where the assistant's answer begins.
 
     bos, then for each message `Role: content<|eot_id|>` with the content stripped, then `Assistant:`
     (source: the chat template of microsoft/bitnet-b1.58-2B-4T). Template "bitnet" has the trailing space of
-    the original; "halo-demo" leaves it to the answer's first token, as that model was trained. Content is
-    encoded as plain text, so a `<|eot_id|>` that a user types never ends a turn.
+    the original; "halo-demo" leaves it to the answer's first token, as that model was trained; "jinja" is the
+    template that the checkpoint carries. Content is encoded as plain text, so a `<|eot_id|>` that a user
+    types ends no turn, in any of them.
     """
-    ids = [tokenizer.bos]
     for message in messages:
         if message.role not in ROLES:
             raise HaloError(f"Unknown role {message.role!r}.", hint=f"known are {', '.join(ROLES)}.")
+    if template == JINJA:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return encode_parts(chat_template(tokenizer).render(turns), tokenizer)
+    ids = [tokenizer.bos]
+    for message in messages:
         ids += tokenizer.encode(f"{message.role.capitalize()}: {message.content.strip()}")
         ids.append(end_of_turn(tokenizer))
     return ids + tokenizer.encode("Assistant:" if answer_has_leading_space(template) else "Assistant: ")
 
 
-def end_of_turn(tokenizer: Tokenizer) -> int:
+def chat_template(tokenizer: TextTokenizer) -> ChatTemplate:
+    """The compiled template of a tokenizer; HaloError where its model has none, or no usable one."""
+    compiled = _compiled.get(tokenizer)
+    if compiled is None:
+        if tokenizer.chat_template is None:
+            raise HaloError(
+                "The model's chat template is missing: there is no chat_template.jinja.",
+                hint="import or pull the model again",
+            )
+        compiled = ChatTemplate(tokenizer.chat_template, tokenizer.special, tokenizer.names)
+        _compiled[tokenizer] = compiled
+    return compiled
+
+
+def encode_parts(parts: Sequence[Part], tokenizer: TextTokenizer) -> list[int]:
+    """Token ids of texts and special ids, each text encoded by itself, as between added tokens in HF."""
+    ids: list[int] = []
+    for place, part in enumerate(parts):
+        if isinstance(part, int):
+            ids.append(part)
+            continue
+        if place and tokenizer.strips.get(_id(parts[place - 1]), (False, False))[1]:
+            part = part.lstrip(WHITESPACE)
+        if place + 1 < len(parts) and tokenizer.strips.get(_id(parts[place + 1]), (False, False))[0]:
+            part = part.rstrip(WHITESPACE)
+        if part:
+            ids += tokenizer.encode(part, first=not place)
+    return ids
+
+
+def _id(part: Part) -> int:
+    return part if isinstance(part, int) else -1
+
+
+def end_of_turn(tokenizer: TextTokenizer) -> int:
     """The id that ends a turn: <|eot_id|>, or the end of text where the vocabulary has none."""
     return tokenizer.special.get(END_OF_TURN, tokenizer.eos)
 
 
-def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids at which a generation ends: end of text and end of turn."""
-    return frozenset((tokenizer.eos, end_of_turn(tokenizer)))
+def stop_ids(tokenizer: TextTokenizer) -> frozenset[int]:
+    """The ids at which a generation ends: end of text, end of turn, and what the model's config names."""
+    return tokenizer.stops | {tokenizer.eos, end_of_turn(tokenizer)}
 
 
 def answer_has_leading_space(template: str) -> bool:

@@ -14,7 +14,7 @@ from engine.errors import HaloError
 MODEL_FILES: Final = ("model.halo", "tokenizer.htok", "model.json")
 OTHER_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model")
 SOURCE_GENERATION: Final = "source"
-CHAT_TEMPLATES: Final = ("bitnet", "halo-demo")
+CHAT_TEMPLATES: Final = ("bitnet", "halo-demo", "jinja")
 
 
 @dataclass(frozen=True)

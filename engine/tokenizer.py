@@ -27,7 +27,10 @@ LLAMA3_PATTERN: Final = (
 # a million characters and panics, so a longer run is cut here, where the pattern would.
 MAX_WHITESPACE_RUN: Final = 10_000
 # White_Space of Unicode, which is what \s means to both regex engines; Python's \s has \x1c to \x1f too.
-WHITESPACE: Final = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+WHITESPACE: Final = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
 _RUN: Final = re.compile(f"[{WHITESPACE}]+")
 
 
@@ -52,7 +55,7 @@ class TextTokenizer(ABC):
     `size` is the model's number of ids. `opening` is what stands before a text that is no conversation
     ([bos], or nothing). `stops` are ids that end an answer. `special` maps the text of each special token to
     its id; `strips` holds the special ids beside which a template's white space is dropped: (left, right).
-    `chat_template` is the source of a Jinja template, or None.
+    `chat_template` is the source of a Jinja template, or None, and `names` its variables (bos_token).
     """
 
     # Whether encode puts a space before a text, as SentencePiece does, which decode then takes away.
@@ -68,6 +71,8 @@ class TextTokenizer(ABC):
         self.special = {
             tokens[i].decode("utf-8", "replace"): i for i in sorted(self._special_ids) if 0 <= i < self.size
         }
+        text_of = {i: text for text, i in self.special.items()}
+        self.names = {"bos_token": text_of.get(bos, ""), "eos_token": text_of.get(eos, "")}
         self._bytes = [b"" if i in self._special_ids else token for i, token in enumerate(tokens)]
         self.longest_token = max(map(len, self._bytes), default=0) or 1
 

@@ -23,18 +23,20 @@ _ANEW: Final = "import or pull the model again"
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """`tokenizer` of model.json: the model's number of ids, bos and eos, what stands before a text, and the
-    ids that end an answer."""
+    """`tokenizer` of model.json: the model's number of ids, bos and eos, what stands before a text, the ids
+    that end an answer, and the variables of the chat template that are texts of tokens (bos_token)."""
 
     size: int
     bos: int
     eos: int
     opening: tuple[int, ...]
     stops: tuple[int, ...]
+    names: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object that model.json holds."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return plain | {"names": dict(self.names)}
 
     def apply(self, tokenizer: TextTokenizer) -> None:
         """Give a tokenizer what its file does not say; raises HaloError where they contradict each other."""
@@ -46,6 +48,7 @@ class TokenizerFacts:
             )
         tokenizer.opening = list(self.opening)
         tokenizer.stops = frozenset((*self.stops, self.eos))
+        tokenizer.names = dict(self.names)
 
 
 def read_facts(description: Path) -> TokenizerFacts | None:
@@ -76,8 +79,16 @@ def parse_facts(path: Path, facts: object) -> TokenizerFacts:
         raise HaloError(f"`tokenizer` in {path} lacks opening or stops.", hint=_ANEW)
     if not _are_ids([*ids.values(), *(lists["opening"] or []), *(lists["stops"] or [])], size):
         raise HaloError(f"`tokenizer` in {path} has an id outside its {size} tokens.", hint=_ANEW)
+    names = facts.get("names", {})
+    if not isinstance(names, dict) or not all(isinstance(text, str) for text in names.values()):
+        raise HaloError(f"`tokenizer` in {path} has names that are no texts.", hint=_ANEW)
     return TokenizerFacts(
-        size, int(facts["bos"]), int(facts["eos"]), tuple(facts["opening"]), tuple(facts["stops"])
+        size,
+        int(facts["bos"]),
+        int(facts["eos"]),
+        tuple(facts["opening"]),
+        tuple(facts["stops"]),
+        tuple(sorted(names.items())),
     )
 
 
