@@ -59,6 +59,9 @@ COMMANDS: Final = (
     Command("chat", "talk to the model", "engine.commands", "configure_chat", "run_chat"),
     Command("serve", "serve the OpenAI API", "engine.commands", "configure_serve", "run_serve"),
     Command("ppl", "measure the perplexity of a text", "engine.ppl_command", "configure_ppl", "run_ppl"),
+    Command(
+        "bench", "measure the speed, and compare", "engine.bench_command", "configure_bench", "run_bench"
+    ),
     Command("model", "import a checkpoint", "engine.model_command", "configure_model", "run_model"),
 )
 
