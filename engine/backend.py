@@ -2,7 +2,7 @@
 
 Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays. Environment:
 HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512, neon,
-neondot: forces a CPU path), HALO_THREADS (threads of a session).
+neondot: forces a CPU path), HALO_THREADS (threads of a session), HALO_KV (form of the KV cache).
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 RUN_ARGMAX: Final = 1
+KV_FORMS: Final = ("f32", "f16", "int8", "rotor3")  # of a KV cache; engine/kv_forms.py defines them
+DEFAULT_KV: Final = "f16"  # the library's own; docs/kv-cache.md says why
 _HINTS: Final = {
     2: "check the path and its permissions",
     3: "prepare the model again: halo install",
@@ -55,7 +57,7 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "halo_device_facts": [ctypes.c_char_p, ctypes.c_size_t, _SIZE],
     "halo_model_open": [ctypes.c_char_p, ctypes.POINTER(_OPAQUE)],
     "halo_model_config": [_OPAQUE, ctypes.POINTER(_Config)],
-    "halo_session_create": [_OPAQUE, _I32, _I32, _I32, ctypes.c_char_p, ctypes.POINTER(_OPAQUE)],
+    "halo_session_create": [_OPAQUE, _I32, _I32, _I32, *[ctypes.c_char_p] * 2, ctypes.POINTER(_OPAQUE)],
     "halo_session_facts": [_OPAQUE, ctypes.c_char_p, ctypes.c_size_t, _SIZE],
     "halo_session_run": [
         _OPAQUE, _I32, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, ctypes.c_uint32, _OPAQUE, ctypes.c_size_t, _OPAQUE,
@@ -145,6 +147,13 @@ def _thread_count(threads: int | None) -> int:
     return int(text)
 
 
+def _kv_form(kv: str | None) -> str | None:
+    form = kv or os.environ.get("HALO_KV") or None
+    if form is not None and form not in KV_FORMS:
+        raise HaloError(f"{form!r} is no form of the KV cache.", hint=f"choose one of {', '.join(KV_FORMS)}")
+    return form
+
+
 class _Closing(ABC):
     """What holds a handle of the library: closed at the end of a `with` block, or when it is collected."""
 
@@ -194,15 +203,22 @@ class NativeModel(_Closing):
         return facts
 
     def session(
-        self, slots: int = 1, context: int | None = None, threads: int | None = None, path: str | None = None
+        self,
+        slots: int = 1,
+        context: int | None = None,
+        threads: int | None = None,
+        path: str | None = None,
+        kv: str | None = None,
     ) -> Session:
         """A session of `slots` sequences of up to `context` tokens (default: the model's most).
 
-        `threads` defaults to HALO_THREADS, else one per CPU; `path` to HALO_CPU_PATH, else the best.
+        `threads` defaults to HALO_THREADS, else one per CPU; `path` to HALO_CPU_PATH, else the best;
+        `kv` (one of KV_FORMS) to HALO_KV, else to DEFAULT_KV.
         """
         if not self._handle:
             raise HaloError("The model is closed.", hint="open it again")
         path = path or os.environ.get("HALO_CPU_PATH") or None
+        form = _kv_form(kv)
         handle = _OPAQUE()
         room = context if context is not None else self.config.max_seq_len
         status = self._library.halo_session_create(
@@ -211,6 +227,7 @@ class NativeModel(_Closing):
             room,
             _thread_count(threads),
             path.encode() if path else None,
+            form.encode() if form else None,
             ctypes.byref(handle),
         )
         check(self._library, status)
@@ -234,7 +251,7 @@ class Session(_Closing):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """isa, threads, slots, context and kv_bytes of this session."""
+        """isa, threads, slots, context, kv and kv_bytes of this session."""
         return _read_facts(self._library, "halo_session_facts", self._open())
 
     def run(

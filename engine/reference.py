@@ -7,23 +7,23 @@ round_half_even(x * s) in float32, and sums weight * q exactly; then y = float32
 sums are made here by a float32 (or float64) matrix product of small integers, which is exact in any order
 while they stay below 2^24 (2^53).
 
-Floats. A sum of products runs through 16 virtual lanes: element i goes to lane i % 16 by a fused
-multiply-add in float32, in rising i; the lanes are added as a tree, l with l+8, l+4, l+2, l+1. A weighted
-sum of values runs over positions in rising order by fused multiply-add. All else is one float32 operation
-an element, as it is written.
+Floats. engine/arithmetic.py states the order of sums, engine/kv_forms.py that of the attention and the forms
+of the KV cache. All else is one float32 operation an element, as it is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.arithmetic import LANES, dot, exp, fma, in_lanes, tree
+from engine.backend import DEFAULT_KV
 from engine.errors import HaloError
 from engine.formats.h1b import unpack_codes
 from engine.formats.prepared import rope_tables
+from engine.kv_forms import Cache, append, attend, new_cache
 from engine.model import Layer, Model, Ternary
 
 if TYPE_CHECKING:
@@ -31,61 +31,6 @@ if TYPE_CHECKING:
 
     F32 = NDArray[np.float32]
     F64 = NDArray[np.float64]
-
-LANES: Final = 16
-_HALF_ULP: Final = np.int64(1 << 28)
-_BELOW_FLOAT: Final = np.int64((1 << 29) - 1)
-
-
-def fma(a: F32 | F64, b: F32 | F64, c: F32) -> F32:
-    """float32(a * b + c), rounded once; a and b hold float32 values (float64 arrays are taken as they are).
-
-    The product of two float32 is exact in float64. Their sum with c is rounded to 53 bits, and rounding
-    that again to 24 goes wrong only where it fell exactly half-way between two floats; there the lost part
-    decides.
-    """
-    product = np.multiply(a, b, dtype=np.float64)
-    total = product + c
-    half_way = (total.view(np.int64) & _BELOW_FLOAT) == _HALF_ULP
-    if half_way.any():
-        addend = np.broadcast_to(np.asarray(c, dtype=np.float64), total.shape)[half_way]
-        total[half_way] = _off_half_way(
-            np.broadcast_to(product, total.shape)[half_way], addend, total[half_way]
-        )
-    return total.astype(np.float32)
-
-
-def _off_half_way(product: F64, addend: F64, total: F64) -> F64:
-    """`total` moved one float64 towards what was lost in rounding product + addend (Knuth's two-sum)."""
-    back = total - product
-    lost = (product - (total - back)) + (addend - back)
-    moved: F64 = np.where(lost == 0, total, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)))
-    return moved
-
-
-def _tree(lanes: F32) -> F32:
-    """Sum of the last axis, 16 lanes, as a tree."""
-    for half in (8, 4, 2, 1):
-        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
-    return lanes[..., 0]
-
-
-def _in_lanes(x: NDArray[np.floating]) -> NDArray[np.floating]:
-    """[..., n] -> [..., ceil(n/16), 16], filled up with zeros."""
-    short = -x.shape[-1] % LANES
-    if short:
-        x = np.concatenate([x, np.zeros((*x.shape[:-1], short), dtype=x.dtype)], axis=-1)
-    return x.reshape(*x.shape[:-1], -1, LANES)
-
-
-def dot(a: F32, b: F32) -> F32:
-    """Sum over the last axis of a * b in the defined order; leading axes broadcast."""
-    left, right = _in_lanes(a), _in_lanes(b)
-    shape = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    lanes = np.zeros((*shape, LANES), dtype=np.float32)
-    for step in range(left.shape[-2]):
-        lanes = fma(left[..., step, :], right[..., step, :], lanes)
-    return _tree(lanes)
 
 
 def rmsnorm(x: F32, weight: F32, eps: float) -> F32:
@@ -101,21 +46,6 @@ def quantize(x: F32) -> tuple[F32, F32]:
     scale = np.float32(127) / np.maximum(np.abs(x).max(axis=-1), np.float32(1e-5))
     q = np.clip(np.rint(x * scale[..., None]), -128, 127)
     return q.astype(np.float32), scale.astype(np.float32)
-
-
-def exp(x: F32) -> F32:
-    """e^x for x <= 0, by the polynomial of Cephes' expf; below -86 it stays at e^-86."""
-    x = np.maximum(x, np.float32(-86))
-    f = np.float32
-    magic = f(12582912)  # 1.5 * 2^23: adding it rounds to a whole number
-    n = fma(x, np.full_like(x, f(1.44269504)), np.full_like(x, magic)) - magic
-    r = fma(n, np.full_like(x, f(-0.693359375)), x)
-    r = fma(n, np.full_like(x, f(2.12194440e-4)), r)
-    p = np.full_like(x, f(1.9875691500e-4))
-    for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = fma(p, r, np.full_like(x, f(term)))
-    p = fma(p, r * r, r) + f(1)
-    return np.ldexp(p, n.astype(np.int32))
 
 
 def silu(x: F32) -> F32:
@@ -148,16 +78,6 @@ def gated(gate: F32, up: F32, activation: str) -> F32:
     return result
 
 
-def softmax_weights(scores: F32) -> tuple[F32, F32]:
-    """exp(score - max) over the last axis, and their sum in lanes."""
-    weights = exp(scores - scores.max(axis=-1, keepdims=True))
-    blocks = _in_lanes(weights)
-    lanes = np.zeros((*scores.shape[:-1], LANES), dtype=np.float32)
-    for step in range(blocks.shape[-2]):
-        lanes = lanes + blocks[..., step, :]
-    return weights, _tree(lanes)
-
-
 class _Projection:
     """A ternary matrix, unpacked to floats that hold -1, 0 and 1."""
 
@@ -179,24 +99,16 @@ class _Layer:
         self.gate, self.up, self.down = (_Projection(m) for m in (layer.gate, layer.up, layer.down))
 
 
-@dataclass
-class Cache:
-    """Keys (rotated) and values so far: float32 [layers, kv_heads, max_seq_len, head_dim] each."""
-
-    keys: F32
-    values: F32
-    length: int = 0
-
-
 class Reference:
     """A model that runs in NumPy. Its results are the definition of right."""
 
-    def __init__(self, model: Model) -> None:
-        self.config = model.config
+    def __init__(self, model: Model, kv: str = DEFAULT_KV) -> None:
+        """`kv`: the form of its caches, one of engine.backend.KV_FORMS."""
+        self.config, self.kv = model.config, kv
         self.embedding = np.array(model.embedding, dtype=np.float32)
         head = self.embedding if model.head is None else np.array(model.head, dtype=np.float32)
         # Kept in float64 and in lanes: the head is the slowest part, and fma() starts by widening.
-        self.head: NDArray[np.floating] = _in_lanes(head).astype(np.float64)
+        self.head: NDArray[np.floating] = in_lanes(head).astype(np.float64)
         self.final_norm = np.array(model.final_norm)
         self.layers = [_Layer(layer) for layer in model.layers]
         self.cosine, self.sine = rope_tables(model.config)
@@ -204,8 +116,7 @@ class Reference:
     def new_cache(self) -> Cache:
         """An empty KV cache with room for max_seq_len tokens."""
         c = self.config
-        shape = (c.num_layers, c.num_kv_heads, c.max_seq_len, c.head_dim)
-        return Cache(np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32))
+        return new_cache((c.num_layers, c.num_kv_heads, c.max_seq_len, c.head_dim), self.kv)
 
     def forward(self, tokens: Sequence[int], cache: Cache) -> F32:
         """Run `tokens` after what the cache holds, which grows; logits float32 [len(tokens), vocab]."""
@@ -230,13 +141,13 @@ class Reference:
         return result
 
     def _logits(self, x: F32) -> F32:
-        normed = _in_lanes(rmsnorm(x, self.final_norm, self.config.rms_norm_eps))
+        normed = in_lanes(rmsnorm(x, self.final_norm, self.config.rms_norm_eps))
         result = np.empty((len(x), self.config.vocab_size), dtype=np.float32)
         for row, blocks in enumerate(normed):
             lanes = np.zeros((self.config.vocab_size, LANES), dtype=np.float32)
             for step, block in enumerate(blocks):
                 lanes = fma(self.head[:, step], block, lanes)
-            result[row] = _tree(lanes)
+            result[row] = tree(lanes)
         return result
 
     def _hidden(self, tokens: Sequence[int], cache: Cache, states: list[F32] | None = None) -> F32:
@@ -268,24 +179,10 @@ class Reference:
         quantized = self._quantized(x, layer.norms.input_norm)
         q = self._rotate(layer.q(*quantized).reshape(n, c.num_heads, c.head_dim), positions)
         k = self._rotate(layer.k(*quantized).reshape(n, c.num_kv_heads, c.head_dim), positions)
-        cache.keys[index][:, positions] = k.transpose(1, 0, 2)
-        cache.values[index][:, positions] = layer.v(*quantized).reshape(k.shape).transpose(1, 0, 2)
-        group = c.num_heads // c.num_kv_heads
-        heads = q.reshape(n, c.num_kv_heads, group, c.head_dim)
-        rows = [
-            self._attend(heads[t], index, int(position) + 1, cache) for t, position in enumerate(positions)
-        ]
-        return layer.o(*self._quantized(np.stack(rows).reshape(n, c.q_size), layer.norms.attn_sub_norm))
-
-    def _attend(self, q: F32, index: int, length: int, cache: Cache) -> F32:
-        """One token's attention, q [kv_heads, group, head_dim], over `length` positions of the cache."""
-        scale = np.float32(1.0 / np.sqrt(np.float64(self.config.head_dim)))
-        keys, values = cache.keys[index][:, None, :length], cache.values[index][:, None, :length]
-        weights, total = softmax_weights(dot(q[:, :, None], keys) * scale)
-        out = np.zeros(q.shape, dtype=np.float32)
-        for j in range(length):
-            out = fma(weights[..., j, None], values[:, :, j], out)
-        return out / total[..., None]
+        v = layer.v(*quantized).reshape(k.shape)
+        append(cache, index, positions, k, v)
+        rows = attend(cache, index, positions, q.reshape(n, c.num_kv_heads, -1, c.head_dim))
+        return layer.o(*self._quantized(rows.reshape(n, c.q_size), layer.norms.attn_sub_norm))
 
     def _rotate(self, x: F32, positions: NDArray[np.int64]) -> F32:
         """Rotate-half RoPE of x [n, heads, head_dim]: element i turns with element i + head_dim/2."""

@@ -16,7 +16,7 @@ extern "C" {
 
 #define HALO_API __attribute__((visibility("default")))
 
-#define HALO_ABI_VERSION 1u
+#define HALO_ABI_VERSION 2u
 
 typedef enum halo_status {
   HALO_OK = 0,
@@ -57,11 +57,12 @@ HALO_API halo_status halo_model_config(const halo_model *model, halo_config *con
 HALO_API void halo_model_close(halo_model *model);
 
 /* Make a session of `slots` sequences with room for `context` tokens each (at most max_seq_len).
- * threads: 0 means one per usable CPU. path: NULL means the best this CPU has; else its name in the facts. */
+ * threads: 0 means one per usable CPU. path: NULL means the best this CPU has; else its name in the facts.
+ * kv: the form of the KV cache, "f32", "f16", "int8" or "rotor3"; NULL means the default. */
 HALO_API halo_status halo_session_create(halo_model *model, int32_t slots, int32_t context, int32_t threads,
-                                         const char *path, halo_session **session);
+                                         const char *path, const char *kv, halo_session **session);
 
-/* The session's own facts (path, threads, slots, context, bytes of its KV cache), as halo_device_facts. */
+/* The session's own facts (path, threads, slots, context, form and bytes of its KV cache), as halo_device_facts. */
 HALO_API halo_status halo_session_facts(halo_session *session, char *buffer, size_t capacity, size_t *needed);
 HALO_API void halo_session_close(halo_session *session);
 

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.arithmetic import exp
 from engine.errors import HaloError
 from engine.formats.h1b import unpack_codes
 from engine.formats.hf import HfCheckpoint, open_checkpoint
+from engine.formats.importer import in_memory
 from engine.model import Model, Ternary
-from engine.reference import exp, gated, silu
+from engine.reference import gated, silu
 from tests.engine.test_hf import Tensors, brain, half, rounded, save, scale_of, wide
 
 
@@ -175,10 +177,7 @@ def written(directory: Path, data: dict[str, Any], tensors: Tensors) -> Path:
 
 
 def model_of(opened: HfCheckpoint) -> Model:
-    stream = opened.stream
-    head = None if stream.head is None else np.concatenate(list(stream.head()))
-    embedding = np.concatenate(list(stream.embedding()))
-    return Model(stream.config, embedding, stream.final_norm, list(stream.layers()), head)
+    return in_memory(opened.stream)
 
 
 FORMS: dict[str, tuple[dict[str, Any], Callable[[Truth], Tensors], str]] = {

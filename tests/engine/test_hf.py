@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from engine.errors import HaloError
-from engine.formats.h1b import pack_codes, read_h1b, unpack_codes, write_h1b, write_h1b_stream
-from engine.formats.hf import import_checkpoint, norms, projection
+from engine.formats.h1b import pack_codes, unpack_codes, write_h1b, write_h1b_stream
+from engine.formats.hf import norms, open_checkpoint, projection
 from engine.formats.hf_config import FAMILIES
 from engine.formats.htok import LETTER_OF, read_htok
+from engine.formats.importer import import_model, in_memory
 from engine.formats.store import store_name, unpack
 from engine.locate import read_card
-from engine.model import Layer, Model, ModelConfig, Ternary
+from engine.model import Layer, Model, ModelConfig, ModelStream, Ternary
 from engine.reference import Reference
 from engine.tokenizer import LLAMA3_PATTERN, Tokenizer
 
@@ -213,24 +214,32 @@ FORMS: dict[str, tuple[Callable[[Truth], Tensors], dict[str, Any] | None, str]] 
 }
 
 
+def model_of(source: Path) -> Model:
+    return in_memory(open_checkpoint(source).stream)
+
+
+def same_bytes(directory: Path, stream: ModelStream, truth: Truth) -> None:
+    """Both models, written by one writer, are the same file."""
+    write_h1b(directory / "ours.h1b", stream)
+    write_h1b(directory / "truth.h1b", truth.model())
+    assert (directory / "ours.h1b").read_bytes() == (directory / "truth.h1b").read_bytes()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_model(tmp_path: Path, truth: Truth, form: str) -> None:
     """Scale direction, row quarters and double quantisation: each mistake gives fluent nonsense."""
     tensors, quantization, note = FORMS[form]
     source = checkpoint(tmp_path / "tiny", tensors(truth), quantization)
-    report = import_checkpoint(source, tmp_path / "out")
-    write_h1b(tmp_path / "truth.h1b", truth.model())
-    assert (tmp_path / "out" / "model.h1b").read_bytes() == (tmp_path / "truth.h1b").read_bytes()
-    assert len(report.notes) == 1 and report.notes[0].startswith("14 matrices") and note in report.notes[0]
+    opened = open_checkpoint(source)
+    same_bytes(tmp_path, opened.stream, truth)
+    assert len(opened.notes) == 1 and opened.notes[0].startswith("14 matrices") and note in opened.notes[0]
 
 
 def test_shards_give_the_same_model(tmp_path: Path, truth: Truth) -> None:
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE)
     (source / "model.safetensors").unlink()
     save_shards(source, truth.packed())
-    import_checkpoint(source, tmp_path / "out")
-    write_h1b(tmp_path / "truth.h1b", truth.model())
-    assert (tmp_path / "out" / "model.h1b").read_bytes() == (tmp_path / "truth.h1b").read_bytes()
+    same_bytes(tmp_path, open_checkpoint(source).stream, truth)
 
 
 def test_the_stream_writer_is_the_writer(tmp_path: Path, tiny_model: Callable[..., Model]) -> None:
@@ -253,30 +262,27 @@ def test_masters_are_rounded_half_to_even_and_scaled_by_their_mean(tmp_path: Pat
     values[:, 32:] = 0.5
     values[0, 0], values[0, 32], values[0, 33] = -1.5, np.nextafter(np.float32(0.5), np.float32(1)), -0.5
     tensors = truth.masters(wide) | {f"{projection(0, 'q')}.weight": wide(values)}
-    import_checkpoint(checkpoint(tmp_path / "tiny", tensors, ONLINE), tmp_path / "out")
-    q = read_h1b(tmp_path / "out" / "model.h1b").layers[0].q
+    q = model_of(checkpoint(tmp_path / "tiny", tensors, ONLINE)).layers[0].q
     assert q.scales.tolist() == [1.0] * 64
     assert unpack_codes(q)[0].tolist() == [0, *[2] * 31, 2, *[1] * 31]
 
 
 def test_a_matrix_of_zeros_is_zeros(tmp_path: Path, truth: Truth) -> None:
     tensors = truth.masters() | {f"{projection(0, 'q')}.weight": brain(np.zeros((64, 64)))}
-    import_checkpoint(checkpoint(tmp_path / "tiny", tensors, ONLINE), tmp_path / "out")
-    q = read_h1b(tmp_path / "out" / "model.h1b").layers[0].q
+    q = model_of(checkpoint(tmp_path / "tiny", tensors, ONLINE)).layers[0].q
     assert (unpack_codes(q) == 1).all() and q.scales[0] == np.float32(1e-5)
 
 
 def test_the_store_and_the_engine_take_what_was_imported(tmp_path: Path, truth: Truth) -> None:
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE)
-    report = import_checkpoint(source, tmp_path / "out")
+    report = import_model(source, tmp_path / "out")
     stored = unpack(report.directory, tmp_path / "store")
     assert stored.name == store_name(report.description)
     card = read_card(stored)
     assert (card.name, card.chat_template, card.context) == ("tiny", "bitnet", 64)
     golden = json.loads((stored / "model.json").read_text())["golden"][0]
     assert golden["prompt_ids"][0] == 262 and 1 <= len(golden["ids"]) <= 32
-    model = read_h1b(stored / "model.h1b")
-    assert Reference(model).greedy(golden["prompt_ids"], len(golden["ids"])) == golden["ids"]
+    assert Reference(model_of(source)).greedy(golden["prompt_ids"], len(golden["ids"])) == golden["ids"]
     sources = report.description["source"]["files"]
     assert sources["model.safetensors"]["bytes"] == (source / "model.safetensors").stat().st_size
 
@@ -287,7 +293,7 @@ def test_the_tokenizer_comes_over(tmp_path: Path, truth: Truth, as_text: bool) -
     if as_text:
         pairs = [" ".join(pair) for pair in MERGES]
         edited(source / "tokenizer.json", lambda data: data["model"].update(merges=pairs))
-    import_checkpoint(source, tmp_path / "out")
+    import_model(source, tmp_path / "out")
     vocabulary = read_htok(tmp_path / "out" / "tokenizer.htok")
     assert (vocabulary.bos, vocabulary.eos, vocabulary.special) == (262, 263, [261, 262, 263])
     tokenizer = Tokenizer(vocabulary)
@@ -299,10 +305,10 @@ def test_bos_and_eos_may_come_from_the_tokenizers_own_file(tmp_path: Path, truth
     changes = {"bos_token_id": None, "eos_token_id": None}
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE, **changes)
     with pytest.raises(HaloError, match="nothing names its bos"):
-        import_checkpoint(source, tmp_path / "out")
+        import_model(source, tmp_path / "out")
     texts = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>"}
     (source / "tokenizer_config.json").write_text(json.dumps(texts | {"chat_template": "{{ other }}"}))
-    report = import_checkpoint(source, tmp_path / "out")
+    report = import_model(source, tmp_path / "out")
     vocabulary = read_htok(tmp_path / "out" / "tokenizer.htok")
     assert (vocabulary.bos, vocabulary.eos) == (262, 263)
     assert "chat template of its own" in report.notes[-1]
@@ -360,7 +366,7 @@ def test_another_model_is_refused_with_the_reason(tmp_path: Path, truth: Truth, 
     changes, why = REFUSED[case]
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE, **changes)
     with pytest.raises(HaloError, match=why):
-        import_checkpoint(source, tmp_path / "out")
+        import_model(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
@@ -421,7 +427,7 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path, trut
     damage(tensors)
     source = checkpoint(tmp_path / "tiny", tensors, quantization)
     with pytest.raises(HaloError, match=why):
-        import_checkpoint(source, tmp_path / "out")
+        import_model(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
@@ -435,7 +441,7 @@ def test_an_index_does_not_lead_out_of_its_directory(tmp_path: Path, truth: Trut
     index = source / "model.safetensors.index.json"
     edited(index, lambda data: data["weight_map"].update({"model.norm.weight": file}))
     with pytest.raises(HaloError, match="does not name the file"):
-        import_checkpoint(source, tmp_path / "out")
+        import_model(source, tmp_path / "out")
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path, truth: Truth) -> None:
@@ -445,13 +451,13 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path, trut
     index = source / "model.safetensors.index.json"
     edited(index, lambda data: data["weight_map"].pop("model.norm.weight"))
     with pytest.raises(HaloError, match=r"holds the tensor model\.norm\.weight, against the index"):
-        import_checkpoint(source, tmp_path / "out")
+        import_model(source, tmp_path / "out")
 
 
 def test_what_exists_is_not_overwritten(tmp_path: Path, truth: Truth) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(HaloError, match="exists already"):
-        import_checkpoint(checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE), tmp_path / "out")
+        import_model(checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE), tmp_path / "out")
 
 
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -490,7 +496,7 @@ def test_another_tokenizer_is_refused_with_the_reason(tmp_path: Path, truth: Tru
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE)
     edited(source / "tokenizer.json", edit)
     with pytest.raises(HaloError, match=why):
-        import_checkpoint(source, tmp_path / "out")
+        import_model(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
@@ -538,8 +544,7 @@ def test_what_transformers_saves_is_the_model_that_it_runs(tmp_path: Path) -> No
     theirs.save_pretrained(tmp_path / "tiny")
     edited(tmp_path / "tiny" / "config.json", lambda data: data.update(quantization_config=ONLINE))
     (tmp_path / "tiny" / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
-    import_checkpoint(tmp_path / "tiny", tmp_path / "out")
-    model = read_h1b(tmp_path / "out" / "model.h1b")
+    model = model_of(tmp_path / "tiny")
 
     loaded = transformers.BitNetForCausalLM.from_pretrained(tmp_path / "tiny", dtype=torch.float32).eval()
     quantise = transformers.integrations.bitnet.WeightQuant.apply
@@ -552,7 +557,7 @@ def test_what_transformers_saves_is_the_model_that_it_runs(tmp_path: Path) -> No
     tokens = np.random.default_rng(5).integers(0, 264, 48).tolist()
     with torch.no_grad():
         logits = loaded(torch.tensor([tokens])).logits[0].numpy()
-    oracle = Reference(model)
+    oracle = Reference(model, "f32")
     median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), logits)
     print(f"median {median:.1e}, largest {largest:.1e} of the deviation of the logits")
     assert median < MEDIAN and largest < LARGEST
@@ -575,7 +580,6 @@ def test_transformers_runs_the_packed_checkpoint_as_we_do(
     torch._dynamo.config.disable = True
     quantization = INVERSE if inverse else OFFLINE
     source = checkpoint(tmp_path / "tiny", truth.packed(inverse), quantization)
-    import_checkpoint(source, tmp_path / "out")
     loaded = transformers.BitNetForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
     for module in torch.nn.Module.float(loaded).modules():
         if hasattr(module, "dtype") and type(module).__name__ == "BitLinear":
@@ -583,7 +587,7 @@ def test_transformers_runs_the_packed_checkpoint_as_we_do(
     tokens = np.random.default_rng(5).integers(0, 264, 48).tolist()
     with torch.no_grad():
         logits = loaded(torch.tensor([tokens])).logits[0].numpy()
-    oracle = Reference(read_h1b(tmp_path / "out" / "model.h1b"))
+    oracle = Reference(model_of(source))
     median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), logits)
     print(f"median {median:.1e}, largest {largest:.1e} of the deviation of the logits")
     assert median < MEDIAN and largest < LARGEST
@@ -593,7 +597,7 @@ def test_the_library_encodes_as_the_imported_tokenizer(tmp_path: Path, truth: Tr
     """The ids of huggingface/tokenizers from the same tokenizer.json, on random text of several scripts."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE)
-    import_checkpoint(source, tmp_path / "out")
+    import_model(source, tmp_path / "out")
     ours = Tokenizer.from_htok(tmp_path / "out" / "tokenizer.htok")
     theirs = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     rng = random.Random(1)

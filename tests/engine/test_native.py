@@ -386,7 +386,7 @@ def test_the_c_abi_refuses_null_and_too_little_room(native_library: Path, plain:
     none = ctypes.c_void_p()
     assert library.halo_model_open(None, ctypes.byref(none)) == 1
     assert library.halo_model_config(None, None) == 1
-    assert library.halo_session_create(None, 1, 1, 1, None, ctypes.byref(none)) == 1
+    assert library.halo_session_create(None, 1, 1, 1, None, None, ctypes.byref(none)) == 1
     assert library.halo_session_run(None, 0, None, None, None, None, 0, None, 0, None, 0) == 1
     assert b"NULL" in library.halo_last_error()
     library.halo_model_close(None)

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.arithmetic import dot, exp, fma
 from engine.errors import HaloError
 from engine.formats.h1b import unpack_codes
 from engine.model import Model, Ternary
-from engine.reference import Reference, dot, exp, fma, quantize, rmsnorm
+from engine.reference import Reference, quantize, rmsnorm
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
@@ -154,7 +155,7 @@ MEDIAN, LARGEST = 5e-3, 0.15
 def test_the_oracle_is_the_textbook_model(tiny_model: Callable[..., Model], shape: str) -> None:
     model = tiny_model(shape)
     tokens = np.random.default_rng(5).integers(0, model.config.vocab_size, 48).tolist()
-    oracle = Reference(model)
+    oracle = Reference(model, "f32")
     median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), Textbook(model).logits(tokens))
     assert median < MEDIAN and largest < LARGEST
 
@@ -198,7 +199,7 @@ def test_the_oracle_is_transformers_bitnet(tiny_model: Callable[..., Model]) -> 
         if name.endswith("_proj"):
             module.register_forward_pre_hook(fake_quantise)
     tokens = np.random.default_rng(5).integers(0, c.vocab_size, 48).tolist()
-    oracle = Reference(model)
+    oracle = Reference(model, "f32")
     with torch.no_grad():
         logits = theirs(torch.tensor([tokens])).logits[0].numpy()
     median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), logits)

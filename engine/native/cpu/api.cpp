@@ -125,7 +125,7 @@ halo_status halo_model_config(const halo_model *model, halo_config *config) {
 void halo_model_close(halo_model *model) { delete model; }
 
 halo_status halo_session_create(halo_model *model, int32_t slots, int32_t context, int32_t threads, const char *path,
-                                halo_session **session) {
+                                const char *kv, halo_session **session) {
   return guarded([&] {
     need(model && session, "model or session is NULL");
     *session = nullptr;
@@ -133,8 +133,9 @@ halo_status halo_session_create(halo_model *model, int32_t slots, int32_t contex
     within("context", context, 1, model->model->config.max_seq_len);
     within("threads", threads, 0, kMostThreads);
     const halo::Kernels &kernels = halo::choose_path(path);
+    halo::KvForm form = halo::kv_form(kv);
     int count = threads ? threads : std::min(usable_cpus(), kMostThreads);
-    *session = new halo_session{{model->model, slots, context, count, kernels}};
+    *session = new halo_session{{model->model, slots, context, count, kernels, form}};
   });
 }
 

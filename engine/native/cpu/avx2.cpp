@@ -114,7 +114,7 @@ inline void tile(const uint8_t *codes, int row_bytes, const int8_t *x, size_t x_
 }  // namespace
 
 #include "lanes.inc.h"
-#include "attention.inc.h"
+#include "attention_avx2.inc.h"
 #include "tiles.inc.h"
 
 namespace halo {

@@ -79,7 +79,7 @@ inline void tile(const uint8_t *codes, int row_bytes, const int8_t *x, size_t x_
 }  // namespace
 
 #include "lanes.inc.h"
-#include "attention.inc.h"
+#include "attention_avx512.inc.h"
 #include "tiles.inc.h"
 
 namespace halo {

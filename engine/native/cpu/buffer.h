@@ -27,6 +27,7 @@ class Buffer {
   Buffer &operator=(const Buffer &) = delete;
 
   T *get() { return data_; }
+  const T *get() const { return data_; }
   T &operator[](size_t index) { return data_[index]; }
   size_t bytes() const { return bytes_; }
 

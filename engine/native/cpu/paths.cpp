@@ -32,9 +32,9 @@ bool kernel_saves(unsigned mask) {
   return (low & mask) == mask;
 }
 
-bool has_avx2() {  // and FMA
+bool has_avx2() {  // and FMA and F16C
   if (cpuid(0).a < 7 || !kernel_saves(0x06)) return false;
-  return bit(cpuid(1).c, 28) && bit(cpuid(1).c, 12) && bit(cpuid(7).b, 5);
+  return bit(cpuid(1).c, 28) && bit(cpuid(1).c, 12) && bit(cpuid(1).c, 29) && bit(cpuid(7).b, 5);
 }
 
 bool has_avx512() {  // F, DQ, BW, VL and VNNI

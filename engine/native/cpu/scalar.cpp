@@ -100,7 +100,7 @@ void ternary(const uint8_t *codes, int row_bytes, int rows, const int8_t *x, siz
 }  // namespace
 
 #include "lanes.inc.h"
-#include "attention.inc.h"
+#include "attention_scalar.inc.h"
 
 namespace halo {
 

@@ -44,7 +44,8 @@ class DefaultRounding {
 
 }  // namespace
 
-Session::Session(std::shared_ptr<const Model> model, int slots, int context, int threads, const Kernels &kernels)
+Session::Session(std::shared_ptr<const Model> model, int slots, int context, int threads, const Kernels &kernels,
+                 KvForm kv)
     : model_(std::move(model)),
       kernels_(kernels),
       slots_(slots),
@@ -58,6 +59,7 @@ Session::Session(std::shared_ptr<const Model> model, int slots, int context, int
       lengths_((size_t)slots, 0),
       attention_({model_->config.num_layers, model_->config.num_heads, model_->config.num_kv_heads, head_dim_, slots,
                   context, kChunk},
+                 kv,
                  {model_->rope_cos, model_->rope_sin, model_->rope_row}, *kernels.attention, pool_),
       x_(kChunk, hidden_row_),
       normed_(kChunk, std::max(hidden_row_, inter_row_)),
@@ -73,8 +75,8 @@ Session::Session(std::shared_ptr<const Model> model, int slots, int context, int
 
 std::string Session::facts() {
   char text[256];
-  snprintf(text, sizeof text, "{\"isa\":\"%s\",\"threads\":%d,\"slots\":%d,\"context\":%d,\"kv_bytes\":%zu}",
-           kernels_.name, pool_.threads(), slots_, context_, attention_.bytes());
+  snprintf(text, sizeof text, "{\"isa\":\"%s\",\"threads\":%d,\"slots\":%d,\"context\":%d,\"kv\":\"%s\",\"kv_bytes\":%zu}",
+           kernels_.name, pool_.threads(), slots_, context_, attention_.form(), attention_.bytes());
   return text;
 }
 
@@ -164,8 +166,9 @@ void Session::attention(int index, const Batch &batch, int start, int count) {
   const Product qkv[] = {{&layer.q, qkv_.get(), qkv_row_, false}, {&layer.k, k, qkv_row_, false},
                          {&layer.v, v, qkv_row_, false}};
   multiply(qkv, 3, count);
-  attention_.run(index, qkv_.get(), qkv_row_, batch.slots + start, batch.positions + start, count, attended_.get(),
-                 hidden_row_);
+  if (!attention_.run(index, qkv_.get(), qkv_row_, batch.slots + start, batch.positions + start, count,
+                      attended_.get(), hidden_row_))
+    not_finite_ = true;
   norm_and_quantize(attended_.get(), hidden_row_, layer.attn_sub_norm, c.hidden_size, count);
   const Product o = {&layer.o, x_.get(), hidden_row_, true};
   multiply(&o, 1, count);

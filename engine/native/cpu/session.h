@@ -27,7 +27,8 @@ struct Batch {
 
 class Session {
  public:
-  Session(std::shared_ptr<const Model> model, int slots, int context, int threads, const Kernels &kernels);
+  Session(std::shared_ptr<const Model> model, int slots, int context, int threads, const Kernels &kernels,
+          KvForm kv);
 
   void run(const Batch &batch);  // throws Failure
   std::string facts();
