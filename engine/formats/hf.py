@@ -8,12 +8,9 @@ transformers `integrations/bitnet.py`. One tensor is held at a time. Which model
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,19 +18,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from engine.errors import HaloError
-from engine.formats.h1b import pack_codes, read_h1b, write_h1b
+from engine.formats.codes import pack_codes
 from engine.formats.hf_config import Family, HfConfig, read_config, read_object, refused
-from engine.formats.hf_tokenizer import MAX_TOKENIZER, read_tokenizer
-from engine.formats.htok import Vocabulary, write_htok
 from engine.formats.safetensors import Tensor, read_safetensors
 from engine.model import Layer, ModelConfig, ModelStream, Ternary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ORACLE_PARAMETERS: Final = 100_000_000
-GOLDEN_PROMPT: Final = "Once upon a time"
-GOLDEN_TOKENS: Final = 32
 MAX_INDEX: Final = 64 << 20
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -51,15 +43,6 @@ _MASTERS_OF_A_LLAMA: Final = (
     '"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", '
     '"quantization_mode": "online"}'
 )
-
-
-@dataclass
-class ImportReport:
-    """What an import did: the directory, its model.json, and sentences that the person should read."""
-
-    directory: Path
-    description: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -87,7 +70,7 @@ class HfCheckpoint:
     @cached_property
     def source(self) -> dict[str, str]:
         """The sha256 of each file that the stream comes from, read once more for it; by name."""
-        return {file: _facts(self.directory / file)["sha256"] for file in self.files}
+        return {file: _sha256(self.directory / file) for file in self.files}
 
 
 def open_checkpoint(directory: Path) -> HfCheckpoint:
@@ -113,40 +96,9 @@ def open_checkpoint(directory: Path) -> HfCheckpoint:
     return HfCheckpoint(directory, config, stream, ["config.json", *shards], weights.forms)
 
 
-def import_checkpoint(source: Path, destination: Path, name: str | None = None) -> ImportReport:
-    """Write model.h1b, tokenizer.htok and model.json of the checkpoint `source` into a new `destination`.
-
-    The directory appears whole or not at all. Raises HaloError where the checkpoint is damaged, is of an
-    architecture that the engine does not run, or cannot be written.
-    """
-    source, destination = Path(source), Path(destination)
-    name = name or source.resolve().name.lstrip(".") or "model"
-    if "/" in name or not name.isprintable() or name.startswith("."):
-        raise HaloError(f"{name!r} cannot be a model's name.", hint="use letters, digits, dots and dashes")
-    if destination.exists():
-        raise HaloError(f"{destination} exists already.", hint="name a directory that does not exist")
-    checkpoint = open_checkpoint(source)
-    vocabulary = read_tokenizer(source, checkpoint.config)
-    staging = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        report = _write(staging, checkpoint, vocabulary)
-        report.description["name"] = name
-        report.description["source"] = _hashes(source, checkpoint.files)
-        report.notes += _template_notes(source)
-        text = json.dumps(report.description, indent=1) + "\n"
-        (staging / "model.json").write_text(text, "utf-8")
-        staging.rename(destination)
-    except OSError as error:
-        raise HaloError(
-            f"The model cannot be written to {destination}: {error.strerror}.",
-            hint=f"df -h {destination.parent}",
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    report.directory = destination
-    return report
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -389,65 +341,3 @@ def _check_names(path: Path, config: HfConfig, tensors: dict[str, Tensor]) -> No
         raise refused(path, f"{why}; {len(missing)} tensors are missing, the first is {missing[0]}")
     if extra:
         raise refused(path, f"{len(extra)} tensors are not of {path.name}'s model, the first is {extra[0]}")
-
-
-def _write(staging: Path, checkpoint: HfCheckpoint, vocabulary: Vocabulary) -> ImportReport:
-    model = checkpoint.config.model
-    write_h1b(staging / "model.h1b", checkpoint.stream)
-    write_htok(staging / "tokenizer.htok", vocabulary)
-    golden, note = _golden(staging, model, vocabulary)
-    description = {
-        "schema": 1,
-        "name": "",
-        "files": {file: _facts(staging / file) for file in ("model.h1b", "tokenizer.htok")},
-        "chat_template": "bitnet",
-        "context": model.max_seq_len,
-        "golden": golden,
-        "licence": "see the model's own",
-    }
-    return ImportReport(staging, description, [*checkpoint.notes, *note])
-
-
-def _golden(
-    directory: Path, model: ModelConfig, vocabulary: Vocabulary
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Greedy ids by the oracle, where the model is small enough for it; else none, and a sentence."""
-    from engine.chat import stop_ids
-    from engine.reference import Reference
-    from engine.tokenizer import Tokenizer
-
-    size = model.vocab_size * model.hidden_size
-    size += model.num_layers * sum(rows * cols for _, rows, cols in model.projections())
-    if size >= ORACLE_PARAMETERS:
-        return [], [f"No golden tokens: the oracle is too slow for {size / 1e6:.0f} M parameters."]
-    tokenizer = Tokenizer(vocabulary)
-    prompt = [vocabulary.bos, *tokenizer.encode(GOLDEN_PROMPT)]
-    count = min(GOLDEN_TOKENS, model.max_seq_len - len(prompt))
-    if count < 1:
-        return [], ["No golden tokens: the context is too short for a prompt."]
-    ids = Reference(read_h1b(directory / "model.h1b")).greedy(prompt, count)
-    end = next((i for i, token in enumerate(ids) if token in stop_ids(tokenizer)), count - 1)
-    return [{"prompt": GOLDEN_PROMPT, "prompt_ids": prompt, "ids": ids[: end + 1]}], []
-
-
-def _template_notes(source: Path) -> list[str]:
-    """A sentence where the checkpoint carries a chat template that does not look like ours."""
-    path = source / "tokenizer_config.json"
-    template = read_object(path, MAX_TOKENIZER).get("chat_template") if path.exists() else None
-    if (source / "chat_template.jinja").exists():
-        template = (source / "chat_template.jinja").read_text("utf-8", "replace")
-    if isinstance(template, str) and not all(word in template for word in ("capitalize", "<|eot_id|>")):
-        return ["The checkpoint has a chat template of its own; halo uses its template bitnet instead."]
-    return []
-
-
-def _hashes(source: Path, read: list[str]) -> dict[str, Any]:
-    """The files that were read, with size and sha256, so that another can repeat the import."""
-    files = ("tokenizer.json", *read)
-    return {"format": "huggingface", "files": {file: _facts(source / file) for file in files}}
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
