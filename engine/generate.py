@@ -17,9 +17,8 @@ from engine.locate import ModelCard, read_card
 from engine.sampling import Noise, SamplingParams, is_greedy, make_noise, sample
 from engine.speculate import (
     OFF,
-    Costs,
     Drafter,
-    History,
+    Experience,
     Speculation,
     Tally,
     accept,
@@ -106,7 +105,7 @@ class Engine:
         self._cached: list[int] = []  # tokens whose keys and values the slot holds
         self.speculation = speculation
         self.tally = Tally()
-        self._costs = {greedy: Costs(speculation.limit) for greedy in (True, False)}
+        self._learned = {greedy: Experience(speculation) for greedy in (True, False)}
 
     @classmethod
     def open(
@@ -212,7 +211,7 @@ class Engine:
                 if step.finish_reason is not None:
                     return
             if drafter is None and self.speculation.limit:  # not before the first token is out
-                drafter = Drafter(self.speculation, self._costs[noise is None], History(prompt_ids))
+                drafter = self._learned[noise is None].drafter(prompt_ids)
             drafts = drafter.next(tokens, end - position - 1) if drafter else []
             tokens = self._verify([tokens[-1], *drafts], position - 1, params, noise)
 
@@ -266,7 +265,7 @@ class Engine:
         """
         began = time.perf_counter()
         choices = self._run(tokens, start, len(tokens), params, noise)
-        self._costs[noise is None].record(len(tokens) - 1, time.perf_counter() - began)
+        self._learned[noise is None].costs.record(len(tokens) - 1, time.perf_counter() - began)
         kept = accept(tokens[1:], choices)
         self.tally.count(len(tokens) - 1, len(kept) - 1)
         return kept

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from engine.errors import HaloError
 
-NEGLIGIBLE_NATS: Final = 30.0
+BLOCK: Final = 256  # weights that are summed together
+COLDEST: Final = 1e-6  # a temperature below would overflow; logits so near to each other are equal
+FLOORS: Final = (0.05, 2.5e-3, 1e-4, 5e-6, 2.5e-7, 0.0)  # of the likeliest token's weight
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,63 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, noise: Noise, po
         )
     if is_greedy(params):
         return best
-    # Tokens e^-30 below the best are never drawn in practice, and sorting a whole vocabulary is slow.
-    near = np.flatnonzero(logits >= logits[best] - np.float32(NEGLIGIBLE_NATS * params.temperature))
+    weights = _weights(logits, best, params.temperature)
+    if params.top_k == 0 and params.top_p == 1.0:
+        return _draw(weights, noise.at(position))
+    order, cumulative = _likeliest(logits, weights, params)
+    return int(order[_passes(cumulative, noise.at(position) * float(cumulative[-1]))])
+
+
+def _weights(logits: NDArray[np.float32], best: int, temperature: float) -> NDArray[np.float32]:
+    """exp((logit - best logit) / temperature), f32, with zeros after them up to a multiple of BLOCK."""
+    weights = np.zeros(-(-len(logits) // BLOCK) * BLOCK, np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = (logits - logits[best]) / np.float32(max(temperature, COLDEST))
+        np.exp(scaled, out=weights[: len(logits)])
+    return weights
+
+
+def _draw(weights: NDArray[np.float32], uniform: float) -> int:
+    """The id where the running sum of the weights passes `uniform` of the whole: by blocks, then in one."""
+    blocks = weights.reshape(-1, BLOCK)
+    sums = np.cumsum(blocks.sum(axis=1), dtype=np.float64)
+    target = uniform * float(sums[-1])
+    block = _passes(sums, target)
+    within = np.cumsum(blocks[block], dtype=np.float64)
+    return block * BLOCK + _passes(within, target - (float(sums[block - 1]) if block else 0.0))
+
+
+def _passes(running: NDArray[np.float64], target: float) -> int:
+    """The first place above `target`; where rounding put the target at the end, the last that adds to it."""
+    last = int(np.searchsorted(running, running[-1], side="left"))
+    return min(int(np.searchsorted(running, target, side="right")), last)
+
+
+def _likeliest(
+    logits: NDArray[np.float32], weights: NDArray[np.float32], params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The ids that top_k and then top_p leave, the likeliest first, and the running sum of their weights.
+
+    A vocabulary is never sorted: those above a falling floor are, until they are enough.
+    """
+    vocab = len(logits)
+    total = float(weights.sum(dtype=np.float64))
+    for floor in FLOORS:
+        near = np.flatnonzero(weights[:vocab] >= np.float32(floor))
+        if len(near) >= params.top_k > 0:
+            break
+        if not params.top_k and float(weights[near].sum(dtype=np.float64)) >= params.top_p * total:
+            break
     # Stable, so that equal logits keep the order of their ids on every machine.
     order = near[np.argsort(-logits[near], kind="stable")]
     if params.top_k:
         order = order[: params.top_k]
-    scaled = (logits[order].astype(np.float64) - float(logits[best])) / params.temperature
-    cumulative = np.cumsum(np.exp(scaled))
-    total = float(cumulative[-1])
+    cumulative = np.cumsum(weights[order], dtype=np.float64)
     if params.top_p < 1.0:
-        kept = int(np.searchsorted(cumulative, params.top_p * total, side="left")) + 1
-        kept = min(kept, len(cumulative))
-        total = float(cumulative[kept - 1])
-        cumulative = cumulative[:kept]
-    place = int(np.searchsorted(cumulative, noise.at(position) * total, side="right"))
-    return int(order[min(place, len(cumulative) - 1)])
+        enough = params.top_p * (float(cumulative[-1]) if params.top_k else total)
+        kept = int(np.searchsorted(cumulative, enough, side="left")) + 1
+        order, cumulative = order[:kept], cumulative[:kept]
+    return order, cumulative
 
 
 def _require(condition: bool, sentence: str) -> None:

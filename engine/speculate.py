@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
@@ -23,11 +23,12 @@ VARIABLE: Final = "HALO_SPECULATE"
 CANDIDATES: Final = 8  # earlier occurrences that are compared; more found nothing better in prose
 LONGEST: Final = 16  # tokens by which matches are compared, and known apart in `Acceptance`
 
-MARGIN: Final = 1.03  # drafts must win by so much: below it, measuring noise would decide
+MARGIN: Final = 1.05  # drafts must win by so much: below it, measuring noise would decide
 HOPE: Final = 0.05  # of a plain step: what one more draft is taken to cost until that is measured
 SAMPLES: Final = 5
+RENEW: Final = 8  # steps for which a curve is good
 PROBE_FIRST: Final = 256  # steps between two looks at costs that were found too high
-PROBE_LAST: Final = 8192
+PROBE_LAST: Final = 4096
 PROBE_HOPE: Final = 0.15  # as HOPE, for those looks: short drafts unless they are nearly certain
 
 
@@ -147,21 +148,32 @@ def accept(drafts: Sequence[int], choices: Iterable[int]) -> list[int]:
 _CLASS: Final = (0, 0, 0, 1, 2, 3, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7)
 _PRIOR: Final = (0.35, 0.45, 0.55, 0.65, 0.7, 0.8, 0.85, 0.9)
 PRIOR_WEIGHT: Final = 4.0
-FORGET: Final = 0.95  # a request's text changes its nature: the last 20 tokens of a class count most
+FORGET: Final = 0.97  # a request's text changes its nature: the last 33 tokens of a class count most
 
 
 class Acceptance:
-    """How often the token after a match of some length is the model's, as counted in this request."""
+    """How often the token after a match of some length is the model's, as counted of late.
 
-    def __init__(self) -> None:
-        self._right = [share * PRIOR_WEIGHT for share in _PRIOR]
+    An engine has one over its requests; that of a request begins where it stands, and goes its own way.
+    """
+
+    def __init__(self, before: Acceptance | None = None) -> None:
+        shares = before.shares() if before else _PRIOR
+        self._right = [share * PRIOR_WEIGHT for share in shares]
         self._tried = [PRIOR_WEIGHT] * len(_PRIOR)
+        self._before = before
+
+    def shares(self) -> list[float]:
+        """The share that was right, by class of match."""
+        return [right / tried for right, tried in zip(self._right, self._tried, strict=True)]
 
     def learn(self, length: int, right: bool) -> None:
         """A token after a match of `length` tokens was, or was not, what the match said."""
         group = _CLASS[min(length, LONGEST)]
         self._right[group] = self._right[group] * FORGET + right
         self._tried[group] = self._tried[group] * FORGET + 1.0
+        if self._before:
+            self._before.learn(length, right)
 
     def ahead(self, length: int, count: int) -> list[float]:
         """The chance of each of `count` drafts, given that those before it are right: the match grows."""
@@ -189,30 +201,33 @@ class Costs:
     """Seconds of a step by its number of drafts: the median of the last few, and a guess where none was.
 
     A guess is hopeful: one more draft costs HOPE of a plain step, little enough to be tried once where drafts
-    are likely, so that steps of every kernel's width are found. One slow step (another process had the CPU)
-    moves no median; what looked too dear is tried again after a while, each time after a longer one.
+    are likely, so that steps of every kernel's width are found; and none is tried that is more than twice as
+    wide as the widest before. One slow step (another process had the CPU) moves no median; what looked too
+    dear is tried again after a while, each time after a longer one.
     """
 
     def __init__(self, limit: int) -> None:
         self._samples: list[deque[float]] = [deque(maxlen=SAMPLES) for _ in range(limit + 1)]
-        self._typical = [0.0] * (limit + 1)
         self._curve: list[float] | None = None
         self._steps = 0
+        self._widest = 0
         self._wait = PROBE_FIRST
         self._next_probe = PROBE_FIRST
 
     def record(self, drafts: int, seconds: float) -> None:
         """A step that verified so many drafts took so long."""
+        self._widest = max(self._widest, drafts)
         samples = self._samples[drafts]
         samples.append(seconds)
-        self._typical[drafts] = sorted(samples)[len(samples) // 2]
-        self._curve = None
         self._steps += 1
+        if len(samples) < SAMPLES or self._steps % RENEW == 0:
+            self._curve = None
 
     def curve(self) -> list[float]:
         """Seconds for 0, 1, ... drafts; empty before a plain step was measured."""
         if self._curve is None:
-            self._curve = fill_curve(self._typical)
+            medians = [sorted(some)[len(some) // 2] if some else 0.0 for some in self._samples]
+            self._curve = fill_curve(medians)
         return self._curve
 
     def count(self, chances: Sequence[float]) -> int:
@@ -220,6 +235,7 @@ class Costs:
         curve = self.curve()
         if not curve:
             return 0
+        chances = chances[: 2 * self._widest + 1]
         count = best_count(curve, chances)
         if count or self._steps < self._next_probe:
             return count
@@ -266,6 +282,19 @@ class Tally:
         self.accepted += accepted
 
 
+class Experience:
+    """What an engine has learned of its speed and of its drafts, over its requests of one kind."""
+
+    def __init__(self, setting: Speculation) -> None:
+        self.setting = setting
+        self.costs = Costs(setting.limit)
+        self.acceptance = Acceptance()
+
+    def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
+        """A new request's drafts."""
+        return Drafter(self.setting, self.costs, History(prompt_ids), Acceptance(self.acceptance))
+
+
 @dataclass
 class Drafter:
     """The drafts of one sequence: its history, its acceptance, and the costs of the engine that runs it."""
@@ -273,7 +302,7 @@ class Drafter:
     setting: Speculation
     costs: Costs
     history: History
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    acceptance: Acceptance
 
     def next(self, tokens: Sequence[int], room: int) -> list[int]:
         """Take the tokens that came, and draft what may follow them: at most `room`."""
