@@ -51,7 +51,7 @@ def quantize(x: F32) -> tuple[F32, F32]:
 def silu(x: F32) -> F32:
     """x / (1 + e^-x), for any finite x, without a branch and with one exponential of what is never above 0.
 
-    The definition, one float32 operation at each sign, `exp` the one above (so e is at least e^-86):
+    The definition, one float32 operation at each sign, `exp` of engine/arithmetic.py (e is e^-86 or more):
 
         p = max(x, 0);  n = x - p;  e = exp(n - p);  silu(x) = (p + n * e) / (1 + e)
 

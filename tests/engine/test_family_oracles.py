@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_hidden_layers=1, vocab_size=512, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_theta=1e4,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products on many threads wait for each other more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def config_of(family: str, shape: str) -> Any:
@@ -271,6 +280,11 @@ def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     return float(((a * b).sum(axis=-1) / norms).min())
 
 
+def oracle_of(model: Model) -> Reference:
+    """The oracle with the KV cache in float32, as the library has it."""
+    return Reference(model, "f32")
+
+
 def tokens_for(oracle: Reference) -> list[int]:
     return np.random.default_rng(5).integers(0, oracle.config.vocab_size, 40).tolist()  # type: ignore[no-any-return]
 
@@ -281,10 +295,10 @@ def logits_after(oracle: Reference, states: Any) -> np.ndarray[Any, Any]:
 
 
 # Both sides quantise alike and sum integers exactly, so they differ by float32 rounding alone, 1e-7 to 1e-6
-# of the deviation; until an activation lies next to a half and rounds the other way. Of some 1e5 activations
-# in a run a few do. Each moves what depends on it by a few 1e-3; where it comes early, that is every value. A
-# wrong graph moves them by tenths: test_a_wrong_graph_is_seen.
-MEDIAN, LARGEST = 1e-2, 0.15
+# of the deviation; until an activation lies next to a half and rounds the other way. Of 1e5 activations (of
+# 1e6 at the real widths) a few (a hundred) do. Each moves what depends on it by a few 1e-3; where it comes
+# early, that is every value. A wrong graph moves most values by tenths: test_a_wrong_graph_is_seen.
+MEDIAN, MEDIAN_OF_A_MILLION, LARGEST = 1e-2, 3e-2, 0.3
 
 CASES = [
     *[("BitNet", "gqa", form) for form in ("online", "autobitlinear", "bitlinear")],
@@ -310,7 +324,7 @@ def test_the_oracle_is_the_library(tmp_path: Path, family: str, shape: str, form
     The library's own bfloat16 is further from its float32 than we may be.
     """
     directory = saved(tmp_path / "x", family, shape, form)
-    oracle = Reference(model_of(open_checkpoint(directory)))
+    oracle = oracle_of(model_of(open_checkpoint(directory)))
     tokens = tokens_for(oracle)
     theirs = loaded(directory, family, shape, wide=True)
     states = oracle.hidden_states(tokens)
@@ -324,8 +338,8 @@ def test_the_oracle_is_the_library(tmp_path: Path, family: str, shape: str, form
         f"{max(most for _, most in found):.1e}, cosine {cosine(logits, wanted):.6f}, KL {ours:.1e} "
         f"(of its bf16 {noise:.1e})"
     )
-    for median, largest in found:
-        assert median < MEDIAN and largest < LARGEST
+    bound = MEDIAN if oracle.config.hidden_size < 1024 else MEDIAN_OF_A_MILLION
+    assert all(median < bound and largest < LARGEST for median, largest in found)
     assert cosine(logits, wanted) > 0.999 and ours <= noise and ours < 1e-2
 
 
@@ -371,9 +385,10 @@ def shuffled(layer: Any) -> Any:
 def test_a_wrong_graph_is_seen(falcon3: tuple[Model, Any], mistake: str) -> None:
     """The bounds above mean something: each mistake that converters have made leaves them far behind."""
     model, theirs = falcon3
-    oracle = Reference(WRONG[mistake](model))
+    oracle = oracle_of(WRONG[mistake](model))
     tokens = tokens_for(oracle)
     median, _ = agreement(logits_after(oracle, oracle.hidden_states(tokens)[-1]), logits_of(theirs, tokens))
+    print(f"{mistake}: median {median:.2f}")
     assert median > 5 * MEDIAN
 
 
@@ -387,7 +402,7 @@ def falcon3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any]:
 def test_greedy_tokens_are_the_librarys(falcon3: tuple[Model, Any]) -> None:
     """Equal, but where the library has two tokens nearer to each other than one rounding moves them."""
     model, theirs = falcon3
-    oracle, equal = Reference(model), 0
+    oracle, equal = oracle_of(model), 0
     for start in range(0, 16, 8):
         prompt = tokens_for(oracle)[start : start + 8]
         fed = torch.tensor([prompt])
@@ -422,7 +437,7 @@ class WholeWindows:
 def test_perplexity_over_windows_is_the_librarys(falcon3: tuple[Model, Any], tmp_path: Path) -> None:
     """Overlapping windows; nearer to the library's float32 than its bfloat16 is, in every window's nats."""
     model, theirs = falcon3
-    oracle = Reference(model)
+    oracle = oracle_of(model)
     text = tokens_for(oracle) + oracle.greedy([1, 2, 3], 20)
     protocol = Protocol(window=24, stride=16, bos=7)
     directory = saved(tmp_path / "x", "Llama", "wide heads", "bitlinear")

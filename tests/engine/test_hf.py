@@ -587,7 +587,7 @@ def test_transformers_runs_the_packed_checkpoint_as_we_do(
     tokens = np.random.default_rng(5).integers(0, 264, 48).tolist()
     with torch.no_grad():
         logits = loaded(torch.tensor([tokens])).logits[0].numpy()
-    oracle = Reference(model_of(source))
+    oracle = Reference(model_of(source), "f32")
     median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), logits)
     print(f"median {median:.1e}, largest {largest:.1e} of the deviation of the logits")
     assert median < MEDIAN and largest < LARGEST
