@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from engine.arithmetic import exp
-from engine.arithmetic import exp
 from engine.errors import HaloError
 from engine.formats.h1b import unpack_codes
 from engine.formats.hf import HfCheckpoint, open_checkpoint
