@@ -36,7 +36,9 @@ def random_model(config: ModelConfig = BITNET, seed: int = 0, one_scale: bool = 
         return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
     def ternary(rows: int, cols: int) -> Ternary:
-        codes = rng.integers(0, 3, (rows, cols), dtype=np.uint8)
+        codes = np.ones(rows * cols, np.uint8)  # half of them zeros, so that masters have an exact mean
+        codes[: rows * cols // 2] = rng.choice([0, 2], rows * cols // 2)
+        codes = rng.permutation(codes).reshape(rows, cols)
         scales = np.repeat(short(0.02, 0.09, 1), rows) if one_scale else short(0.02, 0.09, rows)
         return Ternary(pack_codes(codes), scales, cols)
 
