@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
@@ -72,19 +73,22 @@ class History:
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self.tokens: list[int] = []
+        self.tokens: list[int] = list(tokens)
         self.source = 0  # the place of the draft's first token; 0: nothing matches
         self.length = 0  # tokens before it that equal the end, as far as they were compared
-        self._latest: dict[tuple[int, int], int] = {}
+        self._latest: dict[int, int] = {}  # by first token of the pair << 32 | second
         self._earlier: list[int] = []  # for the place after a pair: the place after the one before
-        for token in tokens:
-            self._append(token)
+        for place, (one, other) in enumerate(pairwise(self.tokens), start=2):
+            self._point(one << 32 | other, place)
         self._find()
 
     def append(self, token: int) -> None:
         """Take the next token; the match goes on where it was right, else it is looked for anew."""
-        right = self.source and self.tokens[self.source] == token
-        self._append(token)
+        tokens = self.tokens
+        right = self.source and tokens[self.source] == token
+        tokens.append(token)
+        if len(tokens) > 1:
+            self._point(tokens[-2] << 32 | token, len(tokens))
         if right:
             self.source += 1
             self.length += 1
@@ -101,13 +105,9 @@ class History:
             found.append(found[len(found) - period])
         return found
 
-    def _append(self, token: int) -> None:
-        tokens = self.tokens
-        if tokens:
-            pair = (tokens[-1], token)
-            self._earlier.append(self._latest.get(pair, 0))
-            self._latest[pair] = len(tokens) + 1
-        tokens.append(token)
+    def _point(self, pair: int, place: int) -> None:
+        self._earlier.append(self._latest.get(pair, 0))
+        self._latest[pair] = place
 
     def _find(self) -> None:
         tokens, earlier, end = self.tokens, self._earlier, len(self.tokens)
