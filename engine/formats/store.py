@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from engine.atomic import fsync_directory
 from engine.errors import HaloError
-from engine.formats.seal import PREPARED, SEAL, problems, seal, sha256_of
+from engine.formats.seal import PREPARED, SEAL, check_open, problems, seal, sha256_of
 
 __all__ = [
     "PREPARED", "SEAL", "is_stored", "is_whole", "read_description", "seal", "store_name", "unpack",
@@ -99,6 +99,8 @@ def unpack(source: Path, store: Path, *, anew: bool = False) -> Path:
         for name, facts in description["files"].items():
             _unpack_file(source, name, staging / name, facts)
         _copy_companions(source, staging, description)
+        if (staging / SEAL).is_file():  # a model that was sealed where it was made
+            check_open(staging)
         fsync_directory(staging)
         if final.exists():
             shutil.rmtree(final)

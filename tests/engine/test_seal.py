@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from engine.errors import HaloError
 from engine.formats.prepared import prepare
-from engine.formats.seal import HEAD, PREPARED, SEAL, check_open, problems, read_seal, seal
+from engine.formats.seal import HEAD, PREPARED, SEAL, check_open, problems, read_seal, seal, sha256_of
+from engine.formats.store import is_stored, is_whole, unpack
 from engine.generate import Engine
 from tests.engine.test_native_serving import CONTEXT, write_model
 
@@ -150,6 +152,25 @@ def test_the_seal_is_what_sha256sum_reads(tiny):
 def test_sealing_twice_gives_the_same_bytes(copy, tiny):
     seal(copy)
     assert (copy / SEAL).read_bytes() == (tiny / SEAL).read_bytes()
+
+
+def test_the_store_takes_a_sealed_model_and_refuses_one_with_another_template(copy, tmp_path, native_library):
+    described = json.loads((copy / "model.json").read_text())
+    described["files"] = {
+        name: {"sha256": sha256_of(copy / name), "bytes": (copy / name).stat().st_size}
+        for name in (PREPARED, "tokenizer.htok")
+    }
+    (copy / "model.json").write_text(json.dumps(described))
+    seal(copy)
+    store = tmp_path / "store"
+    stored = unpack(copy, store)
+    assert is_whole(store, described)
+    Engine.open(stored, native_library).close()
+    (stored / "chat_template.jinja").write_text("{{ other }}")
+    assert is_stored(store, described) and not is_whole(store, described)
+    (copy / "chat_template.jinja").write_text("{{ other }}")
+    with pytest.raises(HaloError, match="chat_template"):
+        unpack(copy, store, anew=True)
 
 
 def test_what_a_run_does_not_read_may_change(copy, native_library):
