@@ -187,18 +187,18 @@ class _Weights:
     def matrix(self, name: str, rows: int, cols: int) -> Ternary:
         tensor, scale = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.weight_scale")
         if tensor.dtype == "U8":
-            form, codes, value = "packed", *self.packed(name, rows, cols)
+            form, packed, value = "packed", *self.packed(name, rows, cols)
         elif scale is not None:
-            form, codes, value = "ternary", *self.unpacked(name, rows, cols)
+            form, packed, value = "ternary", *self.unpacked(name, rows, cols)
         elif self.config.mode == "offline":
             raise HaloError(
                 f"{name}.weight has no weight_scale, and the checkpoint says that it is quantised (offline).",
                 hint=_FETCH,
             )
         else:
-            form, codes, value = self.quantised(name, rows, cols)
+            form, packed, value = self.quantised(name, rows, cols)
         self.forms[name] = form
-        return Ternary(pack_codes(codes), np.full(rows, value, dtype=np.float32), cols)
+        return Ternary(packed, np.full(rows, value, dtype=np.float32), cols)
 
     def scale(self, name: str) -> np.float32:
         """The factor of a matrix from its weight_scale, which linear_class bitlinear stores as an inverse."""
@@ -222,11 +222,15 @@ class _Weights:
         if rows % 4:
             raise HaloError(f"{name} has {rows} rows, which do not pack by quarters.", hint=_FETCH)
         raw = self.shaped(f"{name}.weight", rows // 4, cols).codes()
-        codes = np.concatenate([raw >> shift & 3 for shift in (0, 2, 4, 6)])
-        unused = np.flatnonzero((codes == 3).any(axis=1))
-        if len(unused):
-            raise HaloError(f"{name}.weight has the unused weight code 3 in row {unused[0]}.", hint=_FETCH)
-        return codes, self.scale(name)
+        threes = raw & raw >> 1 & 0x55
+        quarters = []
+        for quarter, shift in enumerate(np.arange(0, 8, 2, dtype=np.uint8)):
+            unused = np.flatnonzero((threes >> shift & 1).any(axis=1))
+            if len(unused):
+                row = quarter * len(raw) + unused[0]
+                raise HaloError(f"{name}.weight has the unused weight code 3 in row {row}.", hint=_FETCH)
+            quarters.append(pack_codes(raw >> shift & np.uint8(3)))
+        return np.concatenate(quarters), self.scale(name)
 
     def unpacked(self, name: str, rows: int, cols: int) -> tuple[NDArray[np.uint8], np.float32]:
         """Floats beside a weight_scale: what transformers saves of a packed model that it has unpacked."""
@@ -254,7 +258,7 @@ class _Weights:
         mean = np.maximum(np.float32(total / (rows * cols)), np.float32(1e-5))
         s = np.float32(1) / mean
         quantised = [
-            (np.clip(np.rint(block * s), -1, 1) + 1).astype(np.uint8)
+            pack_codes((np.clip(np.rint(block * s), -1, 1) + 1).astype(np.uint8))
             for block in self.blocks(f"{name}.weight", rows, cols)
         ]
         return "masters", np.concatenate(quantised), mean
@@ -284,9 +288,8 @@ class _Weights:
         return peak, least, total
 
     def signs(self, name: str, rows: int, cols: int) -> NDArray[np.uint8]:
-        return np.concatenate(
-            [(np.sign(block) + 1).astype(np.uint8) for block in self.blocks(f"{name}.weight", rows, cols)]
-        )
+        blocks = self.blocks(f"{name}.weight", rows, cols)
+        return np.concatenate([pack_codes((np.sign(block) + 1).astype(np.uint8)) for block in blocks])
 
 
 def projection(layer: int, part: str) -> str:
