@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.backend import KV_FORMS
 from engine.errors import HaloError
 from engine.formats.prepared import prepare
 from engine.generate import Engine
@@ -404,30 +405,34 @@ def test_a_cancelled_request_stops_within_the_step_that_runs():
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model, tmp_path_factory, native_library):
-    """(open(speculation), prompts): engines over one small random model of the native backend."""
+    """open(speculation, form of the KV cache): engines over one small random model of the native backend."""
     from engine.backend import NativeModel
     from engine.tokenizer import Tokenizer
 
-    model = tiny_model("plain", seed=5, max_seq_len=256)
+    model = tiny_model("wide", seed=5, max_seq_len=256)  # its heads are large enough for every form
     path = tmp_path_factory.mktemp("speculate") / "model.halo"
     prepare(model, path)
-    tokenizer = Tokenizer(train_vocabulary(42))
+    tokenizer = Tokenizer(train_vocabulary(515 - 258))
     native = NativeModel.open(path, native_library)
-    yield lambda how: Engine(
-        native.session(slots=1, context=256, threads=2), tokenizer, ModelCard("t", "bitnet", 256), None, how
+    card = ModelCard("t", "bitnet", 256)
+    yield lambda how, kv: Engine(
+        native.session(slots=1, context=256, threads=2, kv=kv), tokenizer, card, None, how
     )
     native.close()
 
 
+@pytest.mark.parametrize("kv", KV_FORMS)
 @pytest.mark.parametrize("speculation", [AUTO, ALWAYS[1], ALWAYS[2]], ids=str)
-def test_the_native_engine_gives_the_same_tokens(tiny, speculation):
+def test_the_native_engine_gives_the_same_tokens(tiny, speculation, kv):
+    """In every form of the KV cache: in some, positions share bytes, and a wrong draft's are written over."""
     rng = random.Random(3)
     for params in PARAMS[:4]:
         asked = SamplingParams(**{"max_tokens": 48, **params})
-        with tiny(OFF) as plain, tiny(speculation) as fast:
+        with tiny(OFF, kv) as plain, tiny(speculation, kv) as fast:
             for _ in range(4):
                 prompt = [EOS, *(rng.choices(range(2, 300), k=rng.randrange(1, 30)) * 3)]
                 assert fast.complete(prompt, asked) == plain.complete(prompt, asked)
+            assert fast.tally.drafted or speculation == AUTO
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +479,7 @@ def test_the_bundled_model_says_the_same_with_and_without(demo):
                 expected = plain.complete(prompt, asked)
                 assert adaptive.complete(prompt, asked) == expected
                 assert fixed.complete(prompt, asked) == expected
-        assert 0 < fixed.tally.accepted < fixed.tally.drafted
+        assert fixed.tally.drafted > 0 and (fixed.tally.accepted or not SLOW)
         print(f"adaptive {adaptive.tally}, always 7 {fixed.tally}, plain {plain.tally}")
 
 
