@@ -47,7 +47,6 @@ class Settings:
     timeout: float = 900.0
     prefix: tuple[str, ...] = ()
     peers: tuple[Peer, ...] = ()
-    bandwidth_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def measure(settings: Settings, say: Say) -> Readings:
     peers = list(settings.peers)
     for turn in range(settings.rounds):
         for threads in settings.threads:
-            job = {"job": "bandwidth", "threads": threads, "size": settings.bandwidth_bytes}
+            job = {"job": "bandwidth", "threads": threads, "size": _bandwidth_bytes(settings.model)}
             rate = _ours(settings, job)["bytes_per_second"]
             readings.bandwidth.setdefault(threads, []).append(rate)
             engines: list[Peer | None] = [None, *peers]
@@ -110,6 +109,11 @@ def measure(settings: Settings, say: Say) -> Readings:
     say("memory")
     _measure_memory(settings, readings)
     return readings
+
+
+def _bandwidth_bytes(model: Path) -> int:
+    """The array that is read: far beyond the caches, and no gigabyte for a model of a few megabytes."""
+    return min(1 << 30, max(1 << 26, 4 * model.stat().st_size))
 
 
 def _name(engine: Peer | None) -> str:

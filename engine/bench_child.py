@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from engine.backend import NativeModel, Session
 
 WARM_UP: Final = 2  # tokens decoded and thrown away, so that the threads are up and the weights are in
-BANDWIDTH_BYTES: Final = 1 << 30
 _HUGE_PAGE: Final = 2 << 20
 
 
@@ -127,7 +126,7 @@ def measure_memory(job: dict[str, Any]) -> dict[str, Any]:
     return {"peak_bytes": peak_memory(), "interpreter_bytes": before, "facts": facts}
 
 
-def measure_bandwidth(threads: int, size: int = BANDWIDTH_BYTES, passes: int = 5) -> dict[str, Any]:
+def measure_bandwidth(threads: int, size: int, passes: int = 5) -> dict[str, Any]:
     """Bytes a second that `threads` threads read from huge pages: each sums its part, `passes` times over.
 
     NumPy's sum of int64 is bound by memory here and lets go of the interpreter's lock; it is within a few
@@ -179,7 +178,7 @@ JOBS: Final[dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "single": _with_model(measure_single),
     "batch": _with_model(measure_batch),
     "memory": measure_memory,
-    "bandwidth": lambda job: measure_bandwidth(job["threads"], job.get("size", BANDWIDTH_BYTES)),
+    "bandwidth": lambda job: measure_bandwidth(job["threads"], job["size"]),
 }
 
 

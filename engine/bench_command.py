@@ -85,9 +85,11 @@ def _model(args: Namespace, say: Callable[[str], None]) -> tuple[Path, str]:
         from engine.bench_synthetic import synthetic_model
 
         return synthetic_model(args.synthetic, say), f"synthetic {args.synthetic}"
+    from engine.formats.seal import check_open
     from engine.locate import locate, read_card
 
     folder = locate(args.model).model_dir
+    check_open(folder)
     return folder / "model.halo", read_card(folder).name
 
 

@@ -30,7 +30,9 @@ BATCHED: Final = "llama-batched-bench"
 MOST_OUTPUT: Final = 16 << 20  # bytes that a child may print
 _POLL: Final = 0.02  # seconds
 _GRACE: Final = 3.0  # seconds from SIGTERM to SIGKILL
-_ROW: Final = re.compile(r"^\s*\|((?:\s*[0-9.]+\s*\|){10})\s*$", re.MULTILINE)
+_ROW: Final = re.compile(
+    r"^[ \t]*\|((?:[ \t]*\d{1,12}(?:\.\d{1,12})?[ \t]*\|){10})[ \t]*$", re.MULTILINE | re.ASCII
+)
 # What of llama-bench's record says which program ran; forks leave some out.
 _FACTS: Final = ("build_commit", "build_number", "cpu_info", "model_type", "model_size", "model_n_params")
 
@@ -129,34 +131,43 @@ def run_bench(
     argv = [*prefix, *peer.command, "-m", str(peer.model), "-t", str(threads)]
     argv += ["-p", str(prompt), "-n", str(tokens), "-r", "1", "-o", "json", *peer.arguments]
     done = run_child(argv, timeout=timeout)
-    records = _records(peer, argv, done)
-    rates = [_rate(peer, argv, done, record) for record in records]
-    prefill = [rate for is_prefill, rate in rates if is_prefill]
-    decode = [rate for is_prefill, rate in rates if not is_prefill]
-    if (prompt and not prefill) or (tokens and not decode):
+    rates = read_bench(peer.name, argv, done)
+    if (prompt and rates.prefill is None) or (tokens and rates.decode is None):
         raise _strange(peer.name, argv, done, "it left out what it was asked for")
+    return rates
+
+
+def read_bench(name: str, argv: Sequence[str], done: Finished) -> PeerRates:
+    """What a llama-bench printed. HaloError unless it ended well and said so as JSON."""
+    records = _records(name, argv, done)
+    rates = dict(_rate(name, argv, done, record) for record in records)
     facts: dict[str, Any] = {key: records[0][key] for key in _FACTS if key in records[0]}
-    return PeerRates(prefill[0] if prefill else None, decode[0] if decode else None, facts, done.peak_bytes)
+    return PeerRates(rates.get(True), rates.get(False), facts, done.peak_bytes)
 
 
-def _records(peer: Peer, argv: Sequence[str], done: Finished) -> list[dict[str, Any]]:
+def _records(name: str, argv: Sequence[str], done: Finished) -> list[dict[str, Any]]:
     """The JSON array in llama-bench's output; forks print warnings around it."""
     start, end = done.stdout.find("["), done.stdout.rfind("]")
     try:
-        records = json.loads(done.stdout[start : end + 1])
-    except (ValueError, RecursionError) as error:
-        raise _strange(peer.name, argv, done, "its output is not llama-bench's JSON") from error
+        records = [] if done.status else json.loads(done.stdout[start : end + 1])
+    except (ValueError, RecursionError):
+        records = []
     if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
-        raise _strange(peer.name, argv, done, "its output is not llama-bench's JSON")
+        raise _strange(name, argv, done, "its output is not llama-bench's JSON")
     return records
 
 
-def _rate(peer: Peer, argv: Sequence[str], done: Finished, record: dict[str, Any]) -> tuple[bool, float]:
-    prompt, tokens, rate = record.get("n_prompt"), record.get("n_gen"), record.get("avg_ts")
-    whole = isinstance(prompt, int) and isinstance(tokens, int) and (prompt > 0) != (tokens > 0)
-    if not whole or not isinstance(rate, int | float) or not math.isfinite(rate) or rate <= 0:
-        raise _strange(peer.name, argv, done, "a record lacks n_prompt, n_gen or avg_ts")
-    return bool(prompt), float(rate)
+def _rate(name: str, argv: Sequence[str], done: Finished, record: dict[str, Any]) -> tuple[bool, float]:
+    """Whether a record is of a prefill, and its tokens a second."""
+    prompt, tokens = record.get("n_prompt"), record.get("n_gen")
+    try:
+        rate = float(record["avg_ts"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        rate = math.nan
+    counted = isinstance(prompt, int) and isinstance(tokens, int) and (prompt > 0) != (tokens > 0)
+    if not counted or not (math.isfinite(rate) and rate > 0):
+        raise _strange(name, argv, done, "a record lacks n_prompt, n_gen or avg_ts")
+    return bool(prompt), rate
 
 
 def run_batched(
@@ -176,14 +187,23 @@ def run_batched(
     argv = [*prefix, *peer.batched, "-m", str(peer.model), "-t", str(threads)]
     argv += ["-tb", str(len(os.sched_getaffinity(0))), "-c", str(room), "-npl", str(batch)]
     argv += ["-npp", ",".join(map(str, contexts)), "-ntg", str(tokens), *peer.batched_arguments]
-    done = run_child(argv, timeout=timeout)
+    return read_batched(peer.name, argv, run_child(argv, timeout=timeout), contexts, tokens, batch)
+
+
+def read_batched(
+    name: str, argv: Sequence[str], done: Finished, contexts: Sequence[int], tokens: int, batch: int
+) -> dict[int, float]:
+    """What a llama-batched-bench printed, by context. HaloError unless every context is there.
+
+    The columns are PP, TG, B, N_KV, T_PP s, S_PP t/s, T_TG s, S_TG t/s, T s, S t/s; forks print on stderr.
+    """
     rates = {}
     for match in _ROW.finditer(f"{done.stdout}\n{done.stderr}"):
         cells = [float(cell) for cell in match[1].split("|")[:10]]
-        if cells[1] == tokens and cells[2] == batch and cells[7] > 0:
+        if cells[1] == tokens and cells[2] == batch and 0 < cells[7] < math.inf:
             rates[int(cells[0])] = cells[7]
     if done.status or sorted(rates) != sorted(contexts):
-        raise _strange(peer.name, argv, done, f"its table does not have the contexts {list(contexts)}")
+        raise _strange(name, argv, done, f"its table does not have the contexts {list(contexts)}")
     return rates
 
 
