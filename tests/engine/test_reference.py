@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from engine.arithmetic import dot, exp, fma
 from engine.errors import HaloError
 from engine.formats.h1b import unpack_codes
-from engine.model import Model, Ternary
+from engine.model import Model, ModelConfig, Ternary
 from engine.reference import Reference, quantize, rmsnorm
+from tests.engine.formats_fixtures import random_model
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
@@ -93,7 +94,7 @@ def weights(matrix: Ternary) -> Any:
 
 
 class Textbook:
-    """BitNet b1.58 as its authors' code has it: fake quantisation, in float64, one head at a time."""
+    """BitNet b1.58 and its LLaMA relatives as their authors' code has them: fake quantisation, in float64."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.c = model, model.config
@@ -103,6 +104,8 @@ class Textbook:
         return (np.round(x * scale).clip(-128, 127) / scale) @ weights(matrix).T
 
     def norm(self, x: Any, weight: Any) -> Any:
+        if weight is None:
+            return x
         return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.c.rms_norm_eps) * weight
 
     def rope(self, x: Any) -> Any:
@@ -131,9 +134,13 @@ class Textbook:
             mixed = self.attention(self.rope(q), self.rope(k), v)
             x = x + self.linear(self.norm(mixed, layer.attn_sub_norm), layer.o)
             h = self.norm(x, layer.post_attn_norm)
-            gated = np.maximum(self.linear(h, layer.gate), 0) ** 2 * self.linear(h, layer.up)
+            gated = self.activated(self.linear(h, layer.gate)) * self.linear(h, layer.up)
             x = x + self.linear(self.norm(gated, layer.ffn_sub_norm), layer.down)
-        return self.norm(x, self.model.final_norm) @ self.model.embedding.T.astype(np.float64)
+        head = self.model.embedding if self.model.head is None else self.model.head
+        return self.norm(x, self.model.final_norm) @ head.T.astype(np.float64)
+
+    def activated(self, gate: Any) -> Any:
+        return gate / (1 + np.exp(-gate)) if self.c.activation == "silu" else np.maximum(gate, 0) ** 2
 
 
 def agreement(ours: Any, theirs: Any) -> tuple[float, float]:
@@ -154,6 +161,27 @@ MEDIAN, LARGEST = 5e-3, 0.15
 @pytest.mark.parametrize("shape", ["plain", "odd", "wide"])
 def test_the_oracle_is_the_textbook_model(tiny_model: Callable[..., Model], shape: str) -> None:
     model = tiny_model(shape)
+    tokens = np.random.default_rng(5).integers(0, model.config.vocab_size, 48).tolist()
+    oracle = Reference(model, "f32")
+    median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), Textbook(model).logits(tokens))
+    assert median < MEDIAN and largest < LARGEST
+
+
+RELATIVES = {
+    # hidden, FFN, layers, heads, KV heads, vocabulary, context, tied, theta, eps, gate, sub-norms, head size
+    "Falcon3": ModelConfig(96, 208, 2, 6, 2, 101, 64, False, 1000042.0, 1e-6, "silu", False, 32),
+    "Falcon-E, odd": ModelConfig(90, 211, 2, 5, 1, 97, 64, True, 1e4, 1e-6, "silu", False),
+    "1bitLLM": ModelConfig(96, 256, 2, 6, 6, 101, 64, True, 1e4, 1e-5, "silu", True),
+    "BitNet, untied, narrow heads": ModelConfig(
+        96, 208, 2, 4, 2, 101, 64, False, 5e5, 1e-5, "relu2", True, 10
+    ),
+}
+
+
+@pytest.mark.parametrize("family", RELATIVES)
+def test_the_oracle_is_the_textbook_of_each_family(family: str) -> None:
+    """SiLU, no sub-norms, an own head, an own head size: each of them alone moves logits by their size."""
+    model = random_model(RELATIVES[family], seed=2, one_scale=False)
     tokens = np.random.default_rng(5).integers(0, model.config.vocab_size, 48).tolist()
     oracle = Reference(model, "f32")
     median, largest = agreement(oracle.forward(tokens, oracle.new_cache()), Textbook(model).logits(tokens))
