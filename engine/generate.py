@@ -24,7 +24,7 @@ from engine.speculate import (
     accept,
     default_speculation,
 )
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import TextTokenizer, load_tokenizer
 
 PREFILL_CHUNK: Final = 64  # a cancelled request is noticed between chunks
 
@@ -90,7 +90,7 @@ class Engine:
     def __init__(
         self,
         session: TokenSession,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         card: ModelCard,
         facts: dict[str, Any] | None = None,
         speculation: Speculation = OFF,
@@ -124,11 +124,10 @@ class Engine:
         from engine.backend import NativeModel
         from engine.formats.seal import check_open
 
-        check_open(model_dir)
         speculation = default_speculation() if speculation is None else speculation
-
+        check_open(model_dir)
         card = read_card(model_dir)
-        tokenizer = Tokenizer.from_htok(model_dir / "tokenizer.htok")
+        tokenizer = load_tokenizer(model_dir)
         model = NativeModel.open(model_dir / "model.halo", library)
         try:
             if model.config.vocab_size != tokenizer.size:
@@ -160,11 +159,11 @@ class Engine:
         self.close()
 
     def encode_prompt(self, text: str) -> list[int]:
-        """bos and the tokens of `text`; raises ContextOverflow before encoding what cannot fit."""
-        fewest = 1 + self.tokenizer.fewest_tokens(text)
+        """What opens a text (bos) and its tokens; raises ContextOverflow before encoding what cannot fit."""
+        fewest = len(self.tokenizer.opening) + self.tokenizer.fewest_tokens(text)
         if fewest >= self.context:
             raise ContextOverflow(fewest, self.context, at_least=True)
-        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+        return [*self.tokenizer.opening, *self.tokenizer.encode(text)]
 
     def check_prompt(self, prompt_ids: Sequence[int]) -> None:
         """Raise HaloError for a prompt that cannot be run: empty, too long, or with ids the model lacks."""
@@ -290,7 +289,7 @@ class Engine:
 class _TextStream:
     """Tokens to text that may be shown: whole characters, no stop string, no beginning of one."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], strip_leading: bool) -> None:
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], strip_leading: bool) -> None:
         self._decoder = tokenizer.decode_stream()
         self._stop = tuple(stop)
         self._strip = strip_leading

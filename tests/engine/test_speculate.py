@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import commands
 from engine.backend import KV_FORMS
 from engine.errors import HaloError
 from engine.formats.prepared import prepare
@@ -507,3 +509,17 @@ def test_a_setting_that_means_nothing_is_refused_with_what_can_be_said(text):
 def test_a_drafter_without_room_drafts_nothing():
     drafter = Experience(ALWAYS[1]).drafter([1, 2, 3, 1, 2])
     assert drafter.next([], 0) == [] and drafter.next([], 2) == [3, 1]
+
+
+def test_a_bad_setting_is_refused_by_the_command_and_from_the_environment(tmp_path, monkeypatch):
+    """Before a model is opened: a typing error must not cost a minute, nor silently mean automatic."""
+    monkeypatch.setenv("HALO_SPECULATE", "fast")
+    with pytest.raises(HaloError, match="'fast'"):
+        Engine.open(tmp_path / "no-model")
+    monkeypatch.delenv("HALO_SPECULATE")
+    parser = ArgumentParser()
+    commands.configure_generate(parser)
+    args = parser.parse_args(["--speculate", "often", "--model", str(tmp_path), "Once"])
+    with pytest.raises(HaloError, match="'often'") as info:
+        commands.run_generate(args)
+    assert info.value.exit_code == 3
