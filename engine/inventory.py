@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
-from engine.formats.seal import DESCRIPTION, PREPARED, SEAL, problems, read_seal, sha256_of
+from engine.formats.seal import DESCRIPTION, PREPARED, SEAL, TOKENIZERS, problems, read_seal, sha256_of
 from engine.formats.store import read_description
 from engine.locate import read_card
 from engine.model import ModelConfig
@@ -202,23 +202,23 @@ def _against_description(directory: Path, names: set[str]) -> Iterator[tuple[str
 def _inside(directory: Path) -> Iterator[tuple[str, str]]:
     """What is wrong with the tensors, by name, and with the tokenizer beside them."""
     from engine.formats.prepared import verify_prepared
-    from engine.tokenizer import Tokenizer
+    from engine.tokenizer import load_tokenizer
 
     vocabulary = 0
     try:
         vocabulary = verify_prepared(directory / PREPARED).vocab_size
     except HaloError as error:
         yield PREPARED, error.message
-    tokenizer = directory / "tokenizer.htok"
-    if not tokenizer.is_file():
-        return
+    name = next((name for name in TOKENIZERS if _is_file(directory / name)), TOKENIZERS[0])
     try:
-        size = Tokenizer.from_htok(tokenizer).size
+        size = load_tokenizer(directory).size
     except HaloError as error:
-        yield tokenizer.name, error.message
+        if isinstance(error.__cause__, ImportError):  # no damage, but no verdict either
+            raise HaloError(error.message, hint=error.hint, exit_code=EXIT_COULD_NOT_RUN) from error
+        yield name, error.message
         return
     if vocabulary and size != vocabulary:
-        yield tokenizer.name, f"has {size} tokens, and the model {vocabulary}: it is another model's"
+        yield name, f"has {size} tokens, and the model {vocabulary}: it is another model's"
 
 
 def _cure(directory: Path) -> str:

@@ -107,11 +107,14 @@ def _fetched_whole(_directory: Path, _weights: RemoteFile) -> int:
 def _importable(directory: Path, weights: RemoteFile) -> int:
     """Refuse what cannot be imported before its weights are fetched; the bytes that the import will write."""
     from engine.formats.hf_config import read_config
+    from engine.formats.tokenizer_files import tokenizer_files
     from engine.inventory import parameters
 
     if not weights.path.endswith(".safetensors"):
         return weights.size
-    config = read_config(directory).model
+    read = read_config(directory)
+    tokenizer_files(directory, read)
+    config = read.model
     tables = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
     return (parameters(config) - tables) // 4 + 4 * tables
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from engine.chat import stop_ids
 from engine.formats.seal import PREPARED, SEAL, seal
-from engine.inventory import known_models, parameters
+from engine.inventory import known_models, parameters, verify
 from engine.model import Model
 from provision.cli import main
 from tests.engine.hub_server import REPO, Hub, cut
@@ -121,6 +122,9 @@ def test_a_model_that_halo_cannot_run_is_refused_before_its_weights(hub, publish
     hub.commits["1" * 40]["config.json"] = json.dumps(config).encode()
     assert main(["model", "pull", REPO, "made", "--endpoint", hub.url]) == 1
     assert capsys.readouterr().err.count("error: ") == 1 and not hub.requests("model.safetensors")
+    hub.commits["1" * 40] |= {"config.json": published["config.json"], "tokenizer.json": b"{}"}
+    assert main(["model", "pull", REPO, "other", "--endpoint", hub.url]) == 1
+    assert "tokenizer" in capsys.readouterr().err and not hub.requests("model.safetensors")
 
 
 def test_wrong_words_are_sentences(hub, capsys):
@@ -213,6 +217,16 @@ def test_verify_sees_each_file_cut_and_gone(model, name, capsys):
     (model / name).unlink()
     assert main(["model", "verify", str(model)]) == 1
     assert f"damaged  {name}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [SEAL, "model.json", "tokenizer.htok", PREPARED])
+def test_verify_sees_any_byte(model, name):
+    path = model / name
+    whole = path.read_bytes()
+    rng = random.Random(name)
+    for at in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(6))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+        assert [found for found, _ in verify(model).problems if found == name], at
 
 
 def test_a_change_on_purpose_is_sealed_and_damage_is_not(model, capsys):
