@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
-from engine.model import ModelConfig
+from engine.model import ACTIVATIONS, ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ class _Config(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size",
-                "max_seq_len", "tie_embeddings",
+                "max_seq_len", "tie_embeddings", "activation", "sub_norms", "head_dim",
             )
         ],
         ("rope_theta", ctypes.c_float),
@@ -62,6 +62,10 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "halo_session_run": [
         _OPAQUE, _I32, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, ctypes.c_uint32, _OPAQUE, ctypes.c_size_t, _OPAQUE,
         ctypes.c_size_t,
+    ],
+    "halo_session_near": [
+        _OPAQUE, _I32, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, ctypes.c_size_t, _OPAQUE, _OPAQUE,
+        ctypes.c_size_t, _OPAQUE,
     ],
     "halo_ternary_sums": [ctypes.c_char_p, _OPAQUE, _I32, _I32, _OPAQUE, _I32, _OPAQUE],
 }  # fmt: skip
@@ -187,7 +191,9 @@ class NativeModel(_Closing):
         raw = _Config()
         check(library, library.halo_model_config(self._handle, ctypes.byref(raw)))
         values = {name: getattr(raw, name) for name, *_ in _Config._fields_}
-        self.config = ModelConfig(**{**values, "tie_embeddings": bool(raw.tie_embeddings)})
+        values["activation"] = ACTIVATIONS[raw.activation]
+        flags = {name: bool(values[name]) for name in ("tie_embeddings", "sub_norms")}
+        self.config = ModelConfig(**{**values, **flags})
 
     @classmethod
     def open(cls, path: Path, library: Path | None = None) -> NativeModel:
@@ -279,6 +285,38 @@ class Session(_Closing):
         self._run(tokens, slots, positions, want, RUN_ARGMAX, ids)
         return [int(index) for index in ids]
 
+    def run_near(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[bool],
+        margins: Sequence[float],
+        room: int = 1024,
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.float32]] | None]:
+        """As `run`, but of each wanted entry the (ids, logits) within its margin of the largest.
+
+        Every other token's logit is certainly below. None stands where they are more than `room`.
+        """
+        import numpy as np
+
+        wanted = sum(map(bool, want))
+        ids = np.empty((wanted, room), dtype=np.int32)
+        logits = np.empty((wanted, room), dtype=np.float32)
+        found = np.empty(wanted, dtype=np.int32)
+        inputs = self._inputs(tokens, slots, positions, want)
+        limits = np.ascontiguousarray(margins, dtype=np.float32)
+        if len(limits) != len(tokens):
+            raise HaloError("tokens and margins have different lengths.", hint="one margin an entry")
+        check(
+            self._library,
+            self._library.halo_session_near(
+                self._open(), len(tokens), *(array.ctypes.data for array in inputs), limits.ctypes.data, room,
+                ids.ctypes.data, logits.ctypes.data, ids.size, found.ctypes.data,
+            ),
+        )  # fmt: skip
+        return [None if n < 0 else (ids[k, :n], logits[k, :n]) for k, n in enumerate(found.tolist())]
+
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Run `tokens` of one slot at positions start, start+1, ...; the logits of the last, [vocab]."""
         if not tokens:
@@ -297,28 +335,35 @@ class Session(_Closing):
         flags: int,
         out: NDArray[Any],
     ) -> None:
-        import numpy as np
-
-        count = len(tokens)
-        if not len(slots) == len(positions) == len(want) == count:
-            raise HaloError(
-                "tokens, slots, positions and want have different lengths.", hint="one of each an entry"
-            )
-        try:
-            inputs = [np.array(values, dtype=np.int32) for values in (tokens, slots, positions)]
-        except OverflowError as error:
-            raise HaloError(
-                "A token, slot or position is out of range.", hint="all are small numbers"
-            ) from error
-        inputs.append(np.array(want, dtype=bool).astype(np.uint8))
+        inputs = self._inputs(tokens, slots, positions, want)
         empty = (None, 0)
         result = (out.ctypes.data, out.size)
         logits, ids = (empty, result) if flags & RUN_ARGMAX else (result, empty)
         pointers = [array.ctypes.data for array in inputs]
         check(
             self._library,
-            self._library.halo_session_run(self._open(), count, *pointers, flags, *logits, *ids),
+            self._library.halo_session_run(self._open(), len(tokens), *pointers, flags, *logits, *ids),
         )
+
+    @staticmethod
+    def _inputs(
+        tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
+    ) -> list[NDArray[Any]]:
+        import numpy as np
+
+        if not len(slots) == len(positions) == len(want) == len(tokens):
+            raise HaloError(
+                "tokens, slots, positions and want have different lengths.", hint="one of each an entry"
+            )
+        try:
+            inputs: list[NDArray[Any]] = [
+                np.array(values, dtype=np.int32) for values in (tokens, slots, positions)
+            ]
+        except OverflowError as error:
+            raise HaloError(
+                "A token, slot or position is out of range.", hint="all are small numbers"
+            ) from error
+        return [*inputs, np.array(want, dtype=bool).astype(np.uint8)]
 
     def _open(self) -> ctypes.c_void_p:
         if not self._handle:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+ACTIVATIONS: Final[tuple[Literal["relu2", "silu"], ...]] = ("relu2", "silu")  # in files, by their place
 MAX_LAYERS: Final = 4096
 MAX_HIDDEN: Final = 65536
 MAX_INTERMEDIATE: Final = 262144
@@ -93,7 +94,7 @@ class ModelConfig:
                 f"The model says {self.num_heads} heads over {self.num_kv_heads} KV heads: no whole groups.",
                 hint=_HINT,
             )
-        if self.activation not in ("relu2", "silu"):
+        if self.activation not in ACTIVATIONS:
             raise HaloError(f"The model says activation = {self.activation!r}.", hint=_HINT)
         for name, number in (("rope_theta", self.rope_theta), ("rms_norm_eps", self.rms_norm_eps)):
             if not (math.isfinite(number) and number > 0):

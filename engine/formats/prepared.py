@@ -1,23 +1,22 @@
-"""Write and check prepared models (`model.halo`), which the native engine maps at start. No exchange format.
+"""Write, check and read prepared models (`model.halo`), which the native engine loads. No exchange format.
 
-Layout, little-endian. Page 0: the header (`_HEADER`) and zeros. From byte 4096: the directory, one 128-byte
-entry (`_ENTRY`) a tensor. Then the tensors, each on a 4 KiB boundary, in the fixed order of `_tensors`; the
-file ends with the last of them, filled up to a whole page. `engine/native/cpu/model.cpp` checks the same
-things at open.
+Layout, little-endian. Page 0: the header (`_HEADER`, its CRC-32) and zeros. From byte 4096: the directory,
+one 128-byte entry (`_ENTRY`) a tensor, in the order of `_specs`. Then the tensors, each on a 4 KiB boundary;
+the file ends with the last of them, filled up to a whole page. `engine/native/cpu/model.cpp` checks the same
+things at open. What every token reads lies first: the engine copies it into huge pages; the embedding and
+the output head of full precision, of which a token reads a few rows, come last and are mapped.
 
-A ternary row of `cols` weights is stored as B = 16 * ceil(cols / 64) bytes: weight j lies in byte j % B, bits
-2 * (j / B) and up, as code 0, 1 or 2. So the bytes of one bit pair are consecutive weights, and a load of any
-width, shifted and masked, is ready to be multiplied with consecutive activations: 16, 32 or 64 at a time.
-Rows of floats are filled up with zeros to 16 elements, the width of the engine's virtual lanes.
+Matrices are in the tiles of `engine/formats/tiles.py`. Rows of floats are filled up with zeros to 16
+elements, the width of the engine's virtual lanes. `check` of an entry is the CRC-32 of the CRC-32s (u32) of
+the tensor's pieces of 1 MiB, so that several threads can check one tensor; the engine does so at every open.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -26,18 +25,29 @@ import numpy as np
 
 from engine.atomic import replacing
 from engine.errors import HaloError
-from engine.formats.h1b import unpack_codes
-from engine.model import Model, ModelConfig, Ternary
+from engine.formats.h1b import pack_codes, unpack_codes
+from engine.formats.tiles import (
+    coarse_head,
+    head_bytes,
+    head_tiles,
+    ternary_bytes,
+    ternary_codes,
+    ternary_tiles,
+    up,
+)
+from engine.model import ACTIVATIONS, Layer, Model, ModelConfig, ModelStream, Ternary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAGIC: Final = b"HALOPREP"
-VERSION: Final = 1
+VERSION: Final = 2
 PAGE: Final = 4096
-F32, BF16, TERNARY = 1, 2, 3
-_HEADER: Final = struct.Struct("<8sIIQQII8i2f")  # then the CRC-32 of these bytes
-_ENTRY: Final = struct.Struct("<48sIIIIQQ32s16x")
+PIECE: Final = 1 << 20
+F32, BF16, TERNARY, COARSE = 1, 2, 3, 4
+_HEADER: Final = struct.Struct("<8sIIQQII11i2f")  # then the CRC-32 of these bytes
+_ENTRY: Final = struct.Struct("<48sIIIIQQ32sI12x")
+_BLOCK: Final = 2048  # rows of an embedding that are held at a time
 _AGAIN: Final = "prepare the model again: halo install"
 
 
@@ -53,6 +63,29 @@ class Entry:
     offset: int
     size: int
     sha256: bytes
+    check: int
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What a tensor must be. `row_bytes` is 0 for the tiled ones, whose rows do not lie on their own."""
+
+    name: str
+    dtype: int
+    rows: int
+    cols: int
+
+    @property
+    def row_bytes(self) -> int:
+        if self.dtype in (TERNARY, COARSE):
+            return 0
+        return up(self.cols, 16) * (2 if self.dtype == BF16 else 4)
+
+    @property
+    def size(self) -> int:
+        if self.dtype == TERNARY:
+            return ternary_bytes(self.rows, self.cols)
+        return head_bytes(self.rows, self.cols) if self.dtype == COARSE else self.rows * self.row_bytes
 
 
 def is_bf16(values: NDArray[np.float32]) -> bool:
@@ -72,69 +105,45 @@ def rope_tables(config: ModelConfig) -> tuple[NDArray[np.float32], NDArray[np.fl
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def ternary_planes(matrix: Ternary) -> NDArray[np.uint8]:
-    """The prepared form of a ternary matrix: uint8 [rows, B], see the module's first lines."""
-    codes = unpack_codes(matrix)
-    row_bytes = 16 * math.ceil(matrix.cols / 64)
-    padded = np.zeros((codes.shape[0], 4 * row_bytes), dtype=np.uint8)
-    padded[:, : matrix.cols] = codes
-    planes = padded.reshape(-1, 4, row_bytes)
-    shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-    packed: NDArray[np.uint8] = np.bitwise_or.reduce(planes << shifts, axis=1)
-    return packed
+def _specs(config: ModelConfig, embedding: int, head: int) -> Iterator[_Spec]:
+    """Every tensor in file order; `embedding` and `head` are BF16 or F32 (head: of an untied model alone)."""
+    c = config
+    yield _Spec("final_norm", F32, 1, c.hidden_size)
+    yield _Spec("rope_cos", F32, c.max_seq_len, c.head_dim // 2)
+    yield _Spec("rope_sin", F32, c.max_seq_len, c.head_dim // 2)
+    for index in range(c.num_layers):
+        for norm, size in norm_sizes(c):
+            yield _Spec(f"layers.{index}.{norm}", F32, 1, size)
+        for part, rows, cols in c.projections():
+            yield _Spec(f"layers.{index}.{part}", TERNARY, rows, cols)
+            yield _Spec(f"layers.{index}.{part}.scales", F32, 1, rows)
+    yield _Spec("coarse", COARSE, c.vocab_size, c.hidden_size)
+    for name in ("scale", "error", "norm"):
+        yield _Spec(f"coarse.{name}", F32, 1, c.vocab_size)
+    yield _Spec("embedding", embedding, c.vocab_size, c.hidden_size)
+    if not c.tie_embeddings:
+        yield _Spec("head", head, c.vocab_size, c.hidden_size)
 
 
-def _padded(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    rows, cols = values.shape
-    result = np.zeros((rows, (cols + 15) // 16 * 16), dtype="<f4")
-    result[:, :cols] = values
-    return result
+def norm_sizes(config: ModelConfig) -> list[tuple[str, int]]:
+    """The norms of a layer, in file order, and their elements."""
+    sizes = [("input_norm", config.hidden_size), ("post_attn_norm", config.hidden_size)]
+    if config.sub_norms:
+        sizes += [("attn_sub_norm", config.q_size), ("ffn_sub_norm", config.intermediate_size)]
+    return sizes
 
 
-def _float_tensor(values: NDArray[np.float32]) -> tuple[int, NDArray[np.generic]]:
-    return F32, _padded(np.atleast_2d(np.asarray(values, dtype=np.float32)))
+def prepare(model: Model | ModelStream, path: Path) -> None:
+    """Write `model` as a prepared file at `path`, atomically. Raises HaloError if it cannot be written.
 
-
-def _embedding_tensor(values: NDArray[np.float32]) -> tuple[int, NDArray[np.generic]]:
-    padded = _padded(values)
-    if is_bf16(padded):
-        return BF16, (padded.view("<u4") >> 16).astype("<u2")
-    return F32, padded
-
-
-def _tensors(model: Model) -> Iterator[tuple[str, int, int, int, NDArray[np.generic]]]:
-    """(name, dtype, rows, cols, data as stored) of every tensor, in file order."""
-    config = model.config
-    dtype, data = _embedding_tensor(np.asarray(model.embedding))
-    yield "embedding", dtype, config.vocab_size, config.hidden_size, data
-    yield "final_norm", F32, 1, config.hidden_size, _float_tensor(model.final_norm)[1]
-    for name, table in zip(("rope_cos", "rope_sin"), rope_tables(config), strict=True):
-        yield name, F32, config.max_seq_len, config.head_dim // 2, _float_tensor(table)[1]
-    for index, layer in enumerate(model.layers):
-        for norm in ("input_norm", "post_attn_norm", "attn_sub_norm", "ffn_sub_norm"):
-            values = getattr(layer, norm)
-            yield f"layers.{index}.{norm}", F32, 1, len(values), _float_tensor(values)[1]
-        for part, rows, cols in config.projections():
-            matrix: Ternary = getattr(layer, part)
-            yield f"layers.{index}.{part}", TERNARY, rows, cols, ternary_planes(matrix)
-            yield f"layers.{index}.{part}.scales", F32, 1, rows, _float_tensor(matrix.scales)[1]
-
-
-def _tensor_count(config: ModelConfig) -> int:
-    return 4 + config.num_layers * (4 + 2 * 7)
-
-
-def _up(value: int) -> int:
-    return (value + PAGE - 1) // PAGE * PAGE
-
-
-def prepare(model: Model, path: Path) -> None:
-    """Write `model` as a prepared file at `path`, atomically. Raises HaloError if it cannot be written."""
+    Of a stream no more than one layer, or one block of the embedding, is held at a time.
+    """
     path = Path(path)
-    model.config.validate()
+    stream = model.stream() if isinstance(model, Model) else model
+    stream.config.validate()
     try:
         with replacing(path) as file:
-            _write(file, model)
+            _write(file, stream)
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -145,32 +154,164 @@ def _unwritable(path: Path, error: OSError) -> HaloError:
     )
 
 
-def _write(file: BinaryIO, model: Model) -> None:
-    count = _tensor_count(model.config)
-    offset = PAGE + _up(count * _ENTRY.size)
-    entries = []
-    for name, dtype, rows, cols, data in _tensors(model):
-        raw = np.ascontiguousarray(data)
-        file.seek(offset)
-        file.write(raw.data)
-        digest = hashlib.sha256(raw.data).digest()
-        row_bytes = raw.nbytes // rows
-        entries.append(_ENTRY.pack(name.encode(), dtype, rows, cols, row_bytes, offset, raw.nbytes, digest))
-        offset = _up(offset + raw.nbytes)
-    file.truncate(offset)
-    directory = b"".join(entries)
-    header = _pack_header(model.config, count, offset, zlib.crc32(directory))
-    file.seek(0)
-    file.write(header + struct.pack("<I", zlib.crc32(header)))
-    file.seek(PAGE)
-    file.write(directory)
+class _Writer:
+    """Puts tensors behind the directory one after the other, and says where they went."""
+
+    def __init__(self, file: BinaryIO, config: ModelConfig, specs: list[_Spec]) -> None:
+        self.file, self.config, self.specs = file, config, specs
+        self.entries: list[bytes] = []
+        self.offset = PAGE + up(len(specs) * _ENTRY.size, PAGE)
+
+    def put(self, *parts: NDArray[np.generic]) -> None:
+        self.stream(iter(parts))
+
+    def stream(self, parts: Iterator[NDArray[np.generic]]) -> None:
+        """The next tensor of the file, in parts. Raises HaloError unless they add up to its size."""
+        spec = self.specs[len(self.entries)]
+        digest, checks, rest, size = hashlib.sha256(), bytearray(), b"", 0
+        self.file.seek(self.offset)
+        for part in parts:
+            raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+            self.file.write(raw)
+            digest.update(raw)
+            size += len(raw)
+            rest, done = _check_pieces(rest, raw)
+            checks += done
+        if rest:
+            checks += struct.pack("<I", zlib.crc32(rest))
+        if size != spec.size:
+            raise HaloError(
+                f"The tensor {spec.name} has {size} bytes; its shape asks for {spec.size}.",
+                hint="check what built the model",
+            )
+        self.entries.append(
+            _ENTRY.pack(
+                spec.name.encode(), spec.dtype, spec.rows, spec.cols, spec.row_bytes, self.offset, size,
+                digest.digest(), zlib.crc32(checks),
+            )
+        )  # fmt: skip
+        self.offset = up(self.offset + size, PAGE)
+
+    def finish(self) -> None:
+        self.file.truncate(self.offset)
+        directory = b"".join(self.entries)
+        header = _pack_header(self.config, len(self.entries), self.offset, zlib.crc32(directory))
+        self.file.seek(0)
+        self.file.write(header + struct.pack("<I", zlib.crc32(header)))
+        self.file.seek(PAGE)
+        self.file.write(directory)
+
+
+def _check_pieces(rest: bytes, raw: memoryview) -> tuple[bytes, bytes]:
+    """(what is left over, the CRC-32 of each whole piece of 1 MiB) of `rest` followed by `raw`."""
+    done, start = bytearray(), 0
+    if rest:
+        start = min(PIECE - len(rest), len(raw))
+        rest += bytes(raw[:start])
+        if len(rest) < PIECE:
+            return rest, b""
+        done += struct.pack("<I", zlib.crc32(rest))
+    while len(raw) - start >= PIECE:
+        done += struct.pack("<I", zlib.crc32(raw[start : start + PIECE]))
+        start += PIECE
+    return bytes(raw[start:]), bytes(done)
+
+
+def _write(file: BinaryIO, stream: ModelStream) -> None:
+    config = stream.config
+    head = stream.head or stream.embedding
+    if (stream.head is None) != config.tie_embeddings:
+        raise HaloError("The model says of its head what is not so.", hint="check what built the model")
+    dtypes = [_dtype_of(blocks) for blocks in (stream.embedding, head)]
+    writer = _Writer(file, config, list(_specs(config, *dtypes)))
+    writer.put(_padded(stream.final_norm))
+    for table in rope_tables(config):
+        writer.put(_padded(table))
+    count = 0
+    for layer in stream.layers():
+        count += 1
+        if count <= config.num_layers:
+            _write_layer(writer, layer)
+    if count != config.num_layers:
+        raise HaloError(
+            f"The model has {count} layers and says {config.num_layers}.", hint="check what built the model"
+        )
+    _write_coarse(writer, head)
+    for blocks, dtype in zip((stream.embedding, head), dtypes, strict=True):
+        if len(writer.entries) < len(writer.specs):
+            writer.stream(_stored(blocks, dtype))
+    writer.finish()
+
+
+def _write_layer(writer: _Writer, layer: Layer) -> None:
+    for name, size in norm_sizes(writer.config):
+        norm = getattr(layer, name)
+        if norm is None or norm.size != size:
+            raise HaloError(f"The model's {name} is missing or not {size} long.", hint="check what built it")
+        writer.put(_padded(norm))
+    for name, rows, cols in writer.config.projections():
+        matrix: Ternary = getattr(layer, name)
+        if (matrix.rows, matrix.cols, matrix.scales.shape) != (rows, cols, (rows,)):
+            raise HaloError(f"The model's {name} is not {rows} x {cols}.", hint="check what built it")
+        writer.put(ternary_tiles(unpack_codes(matrix)))
+        writer.put(_padded(matrix.scales))
+
+
+def _write_coarse(writer: _Writer, head: Callable[[], Iterator[NDArray[np.float32]]]) -> None:
+    rows: list[list[NDArray[np.float32]]] = [[], [], []]
+
+    def tiles() -> Iterator[NDArray[np.generic]]:
+        for block in _blocks(head):
+            levels, *numbers = coarse_head(block)
+            for kept, values in zip(rows, numbers, strict=True):
+                kept.append(values)
+            yield head_tiles(levels)
+
+    writer.stream(tiles())
+    for values in rows:
+        writer.put(_padded(np.concatenate(values)))
+
+
+def _blocks(source: Callable[[], Iterator[NDArray[np.float32]]]) -> Iterator[NDArray[np.float32]]:
+    """The rows of `source` in blocks of `_BLOCK`, whatever blocks they come in."""
+    held: list[NDArray[np.float32]] = []
+    count = 0
+    for block in source():
+        for start in range(0, len(block), _BLOCK):
+            held.append(np.asarray(block[start : start + _BLOCK], dtype=np.float32))
+            count += len(held[-1])
+            if count >= _BLOCK:
+                rows = np.concatenate(held)
+                yield rows[:_BLOCK]
+                held, count = [rows[_BLOCK:]], count - _BLOCK
+    if count:
+        yield np.concatenate(held)
+
+
+def _dtype_of(source: Callable[[], Iterator[NDArray[np.float32]]]) -> int:
+    return BF16 if all(is_bf16(block) for block in _blocks(source)) else F32
+
+
+def _stored(source: Callable[[], Iterator[NDArray[np.float32]]], dtype: int) -> Iterator[NDArray[np.generic]]:
+    for block in _blocks(source):
+        padded = _padded(block)
+        yield (padded.view("<u4") >> 16).astype("<u2") if dtype == BF16 else padded
+
+
+def _padded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    values = np.atleast_2d(np.asarray(values, dtype=np.float32))
+    rows, cols = values.shape
+    result = np.zeros((rows, up(cols, 16)), dtype="<f4")
+    result[:, :cols] = values
+    return result
 
 
 def _pack_header(c: ModelConfig, count: int, file_bytes: int, directory_crc: int) -> bytes:
     return _HEADER.pack(
         MAGIC, VERSION, count, file_bytes, PAGE, directory_crc, 0,
         c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads, c.vocab_size,
-        c.max_seq_len, int(c.tie_embeddings), c.rope_theta, c.rms_norm_eps,
+        c.max_seq_len, int(c.tie_embeddings), ACTIVATIONS.index(c.activation), int(c.sub_norms), c.head_dim,
+        c.rope_theta, c.rms_norm_eps,
     )  # fmt: skip
 
 
@@ -189,12 +330,18 @@ def read_directory(path: Path) -> tuple[ModelConfig, list[Entry]]:
         ) from error
     if len(directory) != count * _ENTRY.size or zlib.crc32(directory) != crc:
         raise HaloError(f"The directory of the prepared model {path} is damaged.", hint=_AGAIN)
-    entries = []
-    for fields in _ENTRY.iter_unpack(directory):
-        entry = Entry(fields[0].rstrip(b"\0").decode("ascii", "replace"), *fields[1:])
-        if entry.offset % PAGE or entry.offset + entry.size > size:
+    entries = [
+        Entry(fields[0].rstrip(b"\0").decode("ascii", "replace"), *fields[1:])
+        for fields in _ENTRY.iter_unpack(directory)
+    ]
+    wide = {entry.name: entry.dtype for entry in entries if entry.dtype in (F32, BF16)}
+    specs = _specs(config, wide.get("embedding", F32), wide.get("head", F32))
+    for entry, spec in zip(entries, specs, strict=True):
+        said = (entry.name, entry.dtype, entry.rows, entry.cols, entry.row_bytes, entry.size)
+        if said != (spec.name, spec.dtype, spec.rows, spec.cols, spec.row_bytes, spec.size):
+            raise HaloError(f"The tensor {spec.name} of {path} has not its shape.", hint=_AGAIN)
+        if entry.offset % PAGE or entry.offset < PAGE or entry.offset + entry.size > size:
             raise HaloError(f"The tensor {entry.name} lies outside of {path}.", hint=_AGAIN)
-        entries.append(entry)
     return config, entries
 
 
@@ -214,10 +361,16 @@ def _parse_header(path: Path, head: bytes, size: int) -> tuple[ModelConfig, int,
         raise HaloError(
             f"The prepared model {path} has {size} bytes; its header says {file_bytes}.", hint=_AGAIN
         )
-    hidden, inter, layers, heads, kv_heads, vocab, context, tie, theta, eps = fields[7:]
-    config = ModelConfig(hidden, inter, layers, heads, kv_heads, vocab, context, bool(tie), theta, eps)
+    hidden, inter, layers, heads, kv_heads, vocab, context = fields[7:14]
+    tie, activation, sub_norms, head_dim, theta, eps = fields[14:]
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise HaloError(f"{path} names an activation that halo does not have.", hint=_AGAIN)
+    config = ModelConfig(
+        hidden, inter, layers, heads, kv_heads, vocab, context, bool(tie), theta, eps,
+        ACTIVATIONS[activation], bool(sub_norms), head_dim,
+    )  # fmt: skip
     config.validate()
-    if count != _tensor_count(config):
+    if head_dim < 1 or count != sum(1 for _ in _specs(config, F32, F32)):
         raise HaloError(
             f"The prepared model {path} has {count} tensors, not what its shape asks for.", hint=_AGAIN
         )
@@ -229,7 +382,67 @@ def verify_prepared(path: Path) -> ModelConfig:
     config, entries = read_directory(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")
     for entry in entries:
-        chunk = np.ascontiguousarray(data[entry.offset : entry.offset + entry.size])
-        if hashlib.sha256(chunk.data).digest() != entry.sha256:
-            raise HaloError(f"The tensor {entry.name} of the prepared model {path} is damaged.", hint=_AGAIN)
+        digest = hashlib.sha256(data[entry.offset : entry.offset + entry.size].data)
+        if digest.digest() != entry.sha256:
+            raise _damaged(path, entry.name)
     return config
+
+
+def _damaged(path: Path, name: str) -> HaloError:
+    return HaloError(f"The tensor {name} of the prepared model {path} is damaged.", hint=_AGAIN)
+
+
+def read_prepared(path: Path) -> ModelStream:
+    """The model that a prepared file was made of, to the last bit. Raises HaloError.
+
+    The tensors are mapped and read as they are asked for; `verify_prepared` is what checks their hashes.
+    """
+    config, entries = read_directory(path)
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    tensors = _Tensors(path, config, {entry.name: entry for entry in entries}, data)
+    head = None if config.tie_embeddings else lambda: tensors.rows("head")
+    return ModelStream(
+        config, lambda: tensors.rows("embedding"), tensors.vector("final_norm"), tensors.layers, head
+    )
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    path: Path
+    config: ModelConfig
+    entries: dict[str, Entry]
+    data: NDArray[np.uint8]
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        entry = self.entries[name]
+        return self.data[entry.offset : entry.offset + entry.size]
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        return self.raw(name).view("<f4")[: self.entries[name].cols].copy()
+
+    def rows(self, name: str) -> Iterator[NDArray[np.float32]]:
+        entry, raw = self.entries[name], self.raw(name)
+        for start in range(0, entry.rows, _BLOCK):
+            block = raw[start * entry.row_bytes : (start + _BLOCK) * entry.row_bytes]
+            if entry.dtype == BF16:
+                values = (block.view("<u2").astype("<u4") << 16).view("<f4")
+            else:
+                values = block.view("<f4")
+            yield np.ascontiguousarray(values.reshape(-1, up(entry.cols, 16))[:, : entry.cols])
+
+    def layers(self) -> Iterator[Layer]:
+        for index in range(self.config.num_layers):
+            prefix = f"layers.{index}."
+            norms = {name: self.vector(prefix + name) for name, _ in norm_sizes(self.config)}
+            none = dict.fromkeys(("attn_sub_norm", "ffn_sub_norm"))
+            parts = {
+                name: self.matrix(prefix + name, rows, cols) for name, rows, cols in self.config.projections()
+            }
+            yield Layer(**{**none, **norms}, **parts)  # type: ignore[arg-type]
+
+    def matrix(self, name: str, rows: int, cols: int) -> Ternary:
+        try:
+            codes = ternary_codes(self.raw(name), rows, cols)
+        except ValueError:
+            raise _damaged(self.path, name) from None
+        return Ternary(pack_codes(codes), self.vector(f"{name}.scales"), cols)

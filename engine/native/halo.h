@@ -36,6 +36,9 @@ typedef struct halo_session halo_session;
 typedef struct halo_config {
   int32_t hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, vocab_size, max_seq_len;
   int32_t tie_embeddings;
+  int32_t activation; /* of the gate: 0 is max(x, 0)^2, 1 is silu */
+  int32_t sub_norms;  /* whether there are norms before the output and the down projection */
+  int32_t head_dim;
   float rope_theta, rms_norm_eps;
 } halo_config;
 
@@ -49,7 +52,7 @@ HALO_API const char *halo_last_error(void);
  * *needed gets the full size with it. HALO_INVALID if it does not fit. */
 HALO_API halo_status halo_device_facts(char *buffer, size_t capacity, size_t *needed);
 
-/* Map a prepared file (model.halo). The file must not change while the model is open. */
+/* Load a prepared file (model.halo), every byte of it checked. It must not change while the model is open. */
 HALO_API halo_status halo_model_open(const char *path, halo_model **model);
 HALO_API halo_status halo_model_config(const halo_model *model, halo_config *config);
 
@@ -79,9 +82,17 @@ HALO_API halo_status halo_session_run(halo_session *session, int32_t n, const in
                                       const int32_t *positions, const uint8_t *want, uint32_t flags, float *logits,
                                       size_t logits_count, int32_t *ids, size_t ids_count);
 
+/* As halo_session_run, but of each wanted entry i the tokens whose logit is at least the largest less margins[i]:
+ * of the k-th wanted entry found[k] ids, rising, at ids + k * room with their logits at logits + k * room. Every other
+ * token is certain to be below. found[k] is -1 where they are more than `room`. `count` is the room in ids and in
+ * logits, in elements. The logits are those of halo_session_run. */
+HALO_API halo_status halo_session_near(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
+                                       const int32_t *positions, const uint8_t *want, const float *margins, size_t room,
+                                       int32_t *ids, float *logits, size_t count, int32_t *found);
+
 /* One ternary product on its own, so that the exactness of a path can be checked from outside.
- * codes: [rows][B], B = 16 * ceil(cols / 64), weight j in byte j % B at bit 2 * (j / B); x: int8 [tokens][cols];
- * sums: int32 [tokens][rows] = sum over j of (code - 1) * x. */
+ * codes: the tiles of engine/formats/tiles.py; x: int8 [tokens][cols]; sums: int32 [tokens][rows] = sum over j of
+ * (code - 1) * x. */
 HALO_API halo_status halo_ternary_sums(const char *path, const uint8_t *codes, int32_t rows, int32_t cols,
                                        const int8_t *x, int32_t tokens, int32_t *sums);
 

@@ -21,13 +21,14 @@ import pytest
 
 from engine.backend import NativeModel, Session, check, device_facts, find_library, load_library
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
-from engine.formats.h1b import pack_codes
-from engine.formats.prepared import prepare, read_directory, ternary_planes
-from engine.model import Model, Ternary
+from engine.formats.prepared import prepare, read_directory
+from engine.formats.tiles import ternary_tiles
+from engine.model import Model
 from engine.reference import Reference
 from tests.engine.conftest import SHAPES
+from tests.engine.prepared_files import resealed
 
-LENGTH = 45  # more than one chunk of 32, and no multiple of a tile
+LENGTH = 61  # no multiple of a tile of 12
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +71,9 @@ def all_logits(session: Session, tokens: list[int], slot: int = 0) -> Any:
 def sums(library: Path, path: str, codes: Any, x: Any) -> Any:
     """The library's int32 sums [tokens, rows] for codes 0, 1, 2 [rows, cols] and int8 x [tokens, cols]."""
     rows, cols = codes.shape
-    planes = ternary_planes(Ternary(pack_codes(codes), np.ones(rows, np.float32), cols))
     out = np.zeros((len(x), rows), np.int32)
     native = load_library(library)
-    pointers = [np.ascontiguousarray(a) for a in (planes, x)]
+    pointers = [np.ascontiguousarray(a) for a in (ternary_tiles(codes), x)]
     check(
         native,
         native.halo_ternary_sums(
@@ -188,6 +188,16 @@ def test_slots_do_not_see_each_other(plain: NativeModel, expected: dict[str, Any
     assert np.array_equal(np.stack(got[0]), logits) and np.array_equal(np.stack(got[2]), alone)
 
 
+def test_a_batch_of_more_than_one_chunk_is_as_if_it_were_cut(
+    plain: NativeModel, expected: dict[str, Any]
+) -> None:
+    tokens, logits = expected["plain"]
+    with plain.session(slots=4, threads=2) as session:
+        slots = [slot for slot in range(4) for _ in tokens]
+        rows = session.run(tokens * 4, slots, [*range(LENGTH)] * 4, [True] * len(slots))
+    assert np.array_equal(rows.reshape(4, LENGTH, -1), np.stack([logits] * 4))
+
+
 def test_a_slot_can_be_rewound_even_within_one_batch(plain: NativeModel, expected: dict[str, Any]) -> None:
     """A new conversation starts at position 0 of a used slot; a retry goes back by some tokens."""
     tokens, logits = expected["plain"]
@@ -199,6 +209,35 @@ def test_a_slot_can_be_rewound_even_within_one_batch(plain: NativeModel, expecte
         positions = [*range(10), *range(5, 9), *range(5, LENGTH)]
         rows = session.run(both, [0] * len(both), positions, [True] * len(both))
         assert np.array_equal(rows[:10], logits[:10]) and np.array_equal(rows[14:], logits[5:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_near_gives_every_token_within_the_margin_and_no_other(
+    files: dict[str, Path], expected: dict[str, Any], native_library: Path, cpu_paths: list[str], shape: str
+) -> None:
+    """A sampler that never sees a likely token samples from another distribution than the model's."""
+    tokens, logits = expected[shape]
+    margins = np.linspace(0, 3, LENGTH).astype(np.float32)
+    with NativeModel.open(files[shape], native_library) as model:
+        for path in cpu_paths:
+            with model.session(path=path, threads=2) as session:
+                rows = session.run_near(
+                    tokens, [0] * LENGTH, range(LENGTH), [True] * LENGTH, margins.tolist(), room=4096
+                )
+            for row, want, margin in zip(rows, logits, margins, strict=True):
+                assert row is not None
+                inside = np.flatnonzero(want >= want.max() - margin)
+                assert np.array_equal(row[0], inside) and np.array_equal(row[1], want[inside])
+
+
+def test_near_says_when_there_is_no_room(plain: NativeModel) -> None:
+    with plain.session() as session:
+        assert session.run_near([1], [0], [0], [True], [1e9], room=299) == [None]
+        row = session.run_near([1], [0], [0], [True], [1e9], room=300)[0]
+        assert row is not None and row[0].tolist() == list(range(300))
+        for margin in (-1.0, float("nan")):
+            with pytest.raises(HaloError, match="margin"):
+                session.run_near([1], [0], [0], [True], [margin])
 
 
 def test_only_wanted_rows_come_back_in_order(plain: NativeModel, expected: dict[str, Any]) -> None:
@@ -311,7 +350,7 @@ def test_weights_that_are_not_finite_are_an_error_and_the_slot_can_go_on(
     data[entry.offset + 7 * entry.row_bytes : entry.offset + 7 * entry.row_bytes + 2] = (
         b"\xc0\x7f"  # NaN in row 7
     )
-    (tmp_path / "m").write_bytes(data)
+    (tmp_path / "m").write_bytes(resealed(data))
     with NativeModel.open(tmp_path / "m", native_library) as model:
         for path in cpu_paths:
             with model.session(path=path) as session:

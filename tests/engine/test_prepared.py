@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
-import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from engine.backend import NativeModel
 from engine.errors import HaloError
 from engine.formats import prepared
-from engine.formats.h1b import pack_codes
-from engine.formats.prepared import PAGE, prepare, read_directory, ternary_planes, verify_prepared
-from engine.model import Model, Ternary
-
-ENTRY = 128
+from engine.formats.prepared import PAGE, prepare, read_directory, read_prepared, verify_prepared
+from engine.formats.tiles import coarse_head, head_tiles, ternary_codes, ternary_tiles
+from engine.model import Model
+from tests.engine.conftest import SHAPES
+from tests.engine.prepared_files import ENTRY, sealed
 
 
 @pytest.fixture
@@ -28,15 +28,6 @@ def halo(tmp_path: Path, tiny_model: Callable[..., Model]) -> Path:
     path = tmp_path / "model.halo"
     prepare(tiny_model("odd"), path)
     return path
-
-
-def sealed(data: bytearray) -> bytearray:
-    """The same bytes with checksums that fit: a file that lies, rather than one that is damaged."""
-    (count,) = struct.unpack_from("<I", data, 12)
-    directory = bytes(data[PAGE : PAGE + ENTRY * min(count, 4096)])
-    struct.pack_into("<I", data, 32, zlib.crc32(directory))
-    struct.pack_into("<I", data, 80, zlib.crc32(bytes(data[:80])))
-    return data
 
 
 def refusal(path: Path, library: Path) -> str:
@@ -66,17 +57,78 @@ def test_the_embedding_is_halved_only_where_nothing_is_lost(
     tmp_path: Path, tiny_model: Callable[..., Model], bf16: bool, dtype: int
 ) -> None:
     prepare(tiny_model("plain", bf16=bf16), tmp_path / "m")
-    assert read_directory(tmp_path / "m")[1][0].dtype == dtype
+    assert read_directory(tmp_path / "m")[1][-1].dtype == dtype
 
 
-@given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_every_weight_lies_where_the_layout_says(rows: int, cols: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 3, (rows, cols), dtype=np.uint8)
-    planes = ternary_planes(Ternary(pack_codes(codes), np.ones(rows, np.float32), cols))
-    width = planes.shape[1]
-    assert width % 16 == 0 and 4 * width - 64 < cols <= 4 * width
-    j = np.arange(cols)
-    assert np.array_equal(planes[:, j % width] >> (2 * (j // width)).astype(np.uint8) & 3, codes)
+    tiles = ternary_tiles(codes)
+    assert np.array_equal(ternary_codes(tiles, rows, cols), codes)
+    r, c = seed % rows, seed // 7 % cols
+    chunk = tiles[r // 16, c // 96]
+    vector, plane, lane = c % 96 // 12, c % 12 // 4, r % 16 * 4 + c % 4
+    index = chunk[64 * (vector // 2) + lane] >> 4 * (vector % 2) & 15 | (chunk[256 + lane] >> vector & 1) << 4
+    assert index // 3**plane % 3 == codes[r, c]
+
+
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 2**32 - 1), st.sampled_from([1e-30, 1, 1e30]))
+def test_the_coarse_heads_errors_are_bounds(rows: int, cols: int, seed: int, size: float) -> None:
+    """With an error said too small, the exact arg max could be thrown away."""
+    rng = np.random.default_rng(seed)
+    block = (rng.standard_normal((rows, cols)) ** 3 * size).astype(np.float32)
+    block[rng.integers(0, rows)] = 0
+    levels, scale, error, norm = coarse_head(block)
+    wide = block.astype(np.float64)
+    miss = wide - scale.astype(np.float64)[:, None] * (levels - 31.5)
+    with np.errstate(over="ignore"):
+        assert (np.linalg.norm(miss, axis=1) <= error).all() and (np.linalg.norm(wide, axis=1) <= norm).all()
+    chunk, r, c = head_tiles(levels), seed % rows, seed // 7 % cols
+    group, lane = c % 16 // 4, r % 16 * 4 + c % 4
+    bytes_ = chunk[r // 16, c // 16]
+    assert levels[r, c] == (bytes_[64 * (group // 2) + lane] >> 4 * (group % 2) & 15) << 2 | (
+        bytes_[128 + lane] >> 2 * group & 3
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_was_prepared_can_be_read_back_to_the_last_bit(
+    tmp_path: Path, tiny_model: Callable[..., Model], shape: str
+) -> None:
+    model = tiny_model(shape)
+    prepare(model, tmp_path / "m")
+    back = read_prepared(tmp_path / "m")
+    assert back.config == replace(model.config, rms_norm_eps=float(np.float32(model.config.rms_norm_eps)))
+    assert np.array_equal(np.concatenate(list(back.embedding())), model.embedding)
+    prepare(back, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "m").read_bytes()
+
+
+def test_a_stream_that_does_not_keep_its_word_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Model]
+) -> None:
+    model = tiny_model("plain")
+    for wrong in (
+        replace(model, layers=model.layers[:-1]),
+        replace(model, layers=model.layers * 2),
+        replace(model, embedding=model.embedding[:-1]),
+        replace(model, head=model.embedding),
+        replace(model, layers=[replace(layer, attn_sub_norm=None) for layer in model.layers]),
+        replace(model, layers=[replace(layer, q=layer.down) for layer in model.layers]),
+    ):
+        with pytest.raises(HaloError):
+            prepare(wrong, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_flipped_byte_is_refused_at_open(halo: Path, native_library: Path) -> None:
+    """Padding too: what is not checked could be damaged without anybody's knowing."""
+    good = halo.read_bytes()
+    for place in [*range(0, 128), *range(128, 8192, 61), *range(8192, len(good), 1999), len(good) - 1]:
+        data = bytearray(good)
+        data[place] ^= 1 << place % 8
+        halo.write_bytes(data)
+        refusal(halo, native_library)
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path, tiny_model: Callable[..., Model]) -> None:
@@ -128,25 +180,25 @@ def test_bytes_too_many_are_refused_by_both_readers(halo: Path, native_library: 
 
 def test_another_version_is_refused_by_both_readers(halo: Path, native_library: Path) -> None:
     data = bytearray(halo.read_bytes())
-    struct.pack_into("<I", data, 8, 2)
+    struct.pack_into("<I", data, 8, 3)
     halo.write_bytes(sealed(data))
-    with pytest.raises(HaloError, match="version 2"):
+    with pytest.raises(HaloError, match="version 3"):
         verify_prepared(halo)
-    assert "version 2" in refusal(halo, native_library)
+    assert "version 3" in refusal(halo, native_library)
 
 
 @pytest.mark.parametrize(
     ("entry", "field", "layout", "value", "sentence"),
     [
-        (0, 48, "<I", 7, "embedding"),  # dtype
-        (4, 52, "<I", 2, "layers.0.input_norm"),  # rows
-        (8, 56, "<I", 91, "layers.0.q"),  # cols
-        (8, 60, "<I", 16, "layers.0.q"),  # row_bytes
-        (9, 72, "<Q", 2**63, "layers.0.q.scales"),  # bytes
-        (8, 64, "<Q", 2**64 - PAGE, "outside"),  # offset that would wrap
-        (8, 64, "<Q", 64, "outside"),  # offset that is not aligned
-        (8, 64, "<Q", 0, "outside"),  # offset into the header
-        (1, 0, "<8s", b"finalnor", "final_norm"),  # name
+        (-1, 48, "<I", 7, "embedding"),  # dtype
+        (3, 52, "<I", 2, "layers.0.input_norm"),  # rows
+        (7, 56, "<I", 91, "layers.0.q"),  # cols
+        (7, 60, "<I", 16, "layers.0.q"),  # row_bytes
+        (8, 72, "<Q", 2**63, "layers.0.q.scales"),  # bytes
+        (7, 64, "<Q", 2**64 - PAGE, "outside"),  # offset that would wrap
+        (7, 64, "<Q", 64, "outside"),  # offset that is not aligned
+        (7, 64, "<Q", 0, "outside"),  # offset into the header
+        (0, 0, "<8s", b"finalnor", "final_norm"),  # name
     ],
 )
 def test_a_directory_that_lies_is_refused(
@@ -154,6 +206,7 @@ def test_a_directory_that_lies_is_refused(
 ) -> None:
     """Its checksums fit, so only the check of the value itself stands between it and a wild read."""
     data = bytearray(halo.read_bytes())
+    entry %= len(read_directory(halo)[1])
     struct.pack_into(layout, data, PAGE + ENTRY * entry + field, value)
     halo.write_bytes(sealed(data))
     assert sentence in refusal(halo, native_library)
@@ -176,7 +229,7 @@ def test_random_damage_never_crashes_the_library(halo: Path, native_library: Pat
     for turn in range(1500):
         data = bytearray(good)
         for _ in range(rng.randint(1, 3)):
-            where = rng.choice([rng.randrange(84), PAGE + rng.randrange(count * ENTRY)])
+            where = rng.choice([rng.randrange(96), PAGE + rng.randrange(count * ENTRY)])
             if rng.random() < 0.5:
                 data[where] = rng.randrange(256)
             else:

@@ -86,14 +86,23 @@ std::string device_facts() {
 
 void ternary_sums(const halo::Kernels &kernels, const uint8_t *codes, int rows, int cols, const int8_t *x, int tokens,
                   int32_t *sums) {
-  int row = halo::round_up(cols, 64);
-  std::vector<int8_t> padded((size_t)tokens * row + 64, 0);
-  for (int t = 0; t < tokens; ++t) memcpy(&padded[(size_t)t * row], x + (size_t)t * cols, (size_t)cols);
-  kernels.ternary(codes, row / 4, rows, padded.data(), (size_t)row, tokens, sums, (size_t)rows);
-  for (int t = 0; t < tokens; ++t) {
-    int32_t offset = 0;
-    for (int j = 0; j < cols; ++j) offset += x[(size_t)t * cols + j];
-    for (int r = 0; r < rows; ++r) sums[(size_t)t * rows + r] -= offset;
+  using halo::round_up;
+  int groups = round_up(cols, halo::kTernaryCols) / 4, chunks = 4 * groups / halo::kTernaryCols;
+  int blocks = round_up(rows, halo::kRows) / halo::kRows;
+  for (int first = 0; first < tokens; first += halo::kTileTokens) {
+    int count = std::min(halo::kTileTokens, tokens - first);
+    std::vector<int32_t> packed((size_t)groups * count, 0), out((size_t)blocks * count * halo::kRows), offsets(count, 0);
+    for (int t = 0; t < count; ++t)
+      for (int j = 0; j < cols; ++j) {
+        int8_t value = x[(size_t)(first + t) * cols + j];
+        ((int8_t *)&packed[(size_t)(j / 4) * count + t])[j % 4] = value;
+        offsets[t] += value;
+      }
+    kernels.ternary(codes, blocks, chunks, packed.data(), count, out.data());
+    for (int t = 0; t < count; ++t)
+      for (int r = 0; r < rows; ++r)
+        sums[(size_t)(first + t) * rows + r] =
+            out[((size_t)(r / halo::kRows) * count + t) * halo::kRows + r % halo::kRows] - offsets[t];
   }
 }
 
@@ -160,7 +169,21 @@ halo_status halo_session_run(halo_session *session, int32_t n, const int32_t *to
     for (int i = 0; i < n; ++i) wanted |= want[i] != 0;
     need(!wanted || (argmax ? (void *)ids : (void *)logits), "the array for the results is NULL");
     session->session.run({n, tokens, slots, positions, want, argmax ? nullptr : logits, logits_count,
-                          argmax ? ids : nullptr, ids_count});
+                          argmax ? ids : nullptr, ids_count, nullptr, 0, nullptr});
+  });
+}
+
+halo_status halo_session_near(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
+                              const int32_t *positions, const uint8_t *want, const float *margins, size_t room,
+                              int32_t *ids, float *logits, size_t count, int32_t *found) {
+  return guarded([&] {
+    need(session != nullptr, "session is NULL");
+    need(n >= 0, "n is negative");
+    need(n == 0 || (tokens && slots && positions && want), "tokens, slots, positions or want is NULL");
+    need(n == 0 || (margins && ids && logits && found), "margins, ids, logits or found is NULL");
+    need(room > 0, "room is 0");
+    for (int i = 0; i < n; ++i) need(margins[i] >= 0, "a margin is below zero or no number");
+    session->session.run({n, tokens, slots, positions, want, logits, count, ids, count, margins, room, found});
   });
 }
 

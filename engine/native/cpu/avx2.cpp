@@ -22,6 +22,10 @@ inline __m256 widen_bf16(const uint16_t *p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline V vload_bf16(const uint16_t *p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+inline V vfrom_ints(const int32_t *p) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)p)),
+          _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)p + 1))};
+}
 inline V vadd(V a, V b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline V vsub(V a, V b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline V vmul(V a, V b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -63,63 +67,144 @@ inline void vquantize16(V x, V s, int8_t *q) {
   _mm_storeu_si128((__m128i *)q, _mm_packs_epi16(first, second));
 }
 
-inline int32_t total(__m256i v) {
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+// The codes of three columns, two bits each, for an index below 16 and for 16 to 26: engine/formats/tiles.py.
+alignas(16) const uint8_t kCodes[32] = {0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08, 0x09, 0x0a, 0x10, 0x11,
+                                        0x12, 0x14, 0x15, 0x16, 0x18, 0x19, 0x1a, 0x20, 0x21, 0x22, 0x24,
+                                        0x25, 0x26, 0x28, 0x29, 0x2a, 0,    0,    0,    0,    0};
+
+struct Tables {
+  __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)kCodes));
+  __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)kCodes + 1));
+  __m256i nibble = _mm256_set1_epi8(15);
+};
+
+inline __m256i load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+
+// Eight rows of index vector `kVector` as three codes a byte: the fifth bit is moved to where a blend looks.
+template <int kVector>
+inline __m256i look_up(const uint8_t *chunk, __m256i fifth, const Tables &t) {
+  __m256i both = load(chunk + 64 * (kVector / 2));
+  __m256i index = _mm256_and_si256(kVector % 2 ? _mm256_srli_epi16(both, 4) : both, t.nibble);
+  return _mm256_blendv_epi8(_mm256_shuffle_epi8(t.low, index), _mm256_shuffle_epi8(t.high, index),
+                            _mm256_slli_epi16(fifth, 7 - kVector));
 }
 
-inline __m256i load_bytes(const uint8_t *p, int left) {
-  return left >= 32 ? _mm256_loadu_si256((const __m256i *)p)
-                    : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p));
-}
-
-// maddubs adds two products of a code (at most 3) and an int8: at most 3 * 128 * 2 = 768 in magnitude, far from the
-// saturation of int16. Four planes of eight steps add up to 4 * 8 * 768 = 24,576 < 32,768, so the int16 sums are exact
-// and are widened once in eight steps.
-template <int kRows, int kTokens>
-inline void tile(const uint8_t *codes, int row_bytes, const int8_t *x, size_t x_stride, int32_t *sums,
-                 size_t sums_stride) {
-  const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
-  __m256i wide[kRows][kTokens];
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) wide[r][t] = _mm256_setzero_si256();
-  for (int start = 0; start < row_bytes; start += 256) {
-    __m256i narrow[kRows][kTokens];
-    for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kTokens; ++t) narrow[r][t] = _mm256_setzero_si256();
-    int end = start + 256 < row_bytes ? start + 256 : row_bytes;
-    for (int b = start; b < end; b += 32) {
-      __m256i w[kRows];
-      for (int r = 0; r < kRows; ++r) w[r] = load_bytes(codes + (size_t)r * row_bytes + b, row_bytes - b);
-      for (int plane = 0; plane < 4; ++plane) {
-        for (int t = 0; t < kTokens; ++t) {
-          __m256i v = _mm256_loadu_si256((const __m256i *)(x + t * x_stride + (size_t)plane * row_bytes + b));
-          for (int r = 0; r < kRows; ++r) {
-            __m256i code = _mm256_and_si256(w[r], three);
-            narrow[r][t] = _mm256_add_epi16(narrow[r][t], _mm256_maddubs_epi16(code, v));
-          }
-        }
-        for (int r = 0; r < kRows; ++r) w[r] = _mm256_srli_epi16(w[r], 2);
-      }
-    }
-    for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kTokens; ++t)
-        wide[r][t] = _mm256_add_epi32(wide[r][t], _mm256_madd_epi16(narrow[r][t], ones));
+template <int kVector, int kTokens>
+inline void step(const uint8_t *chunk, __m256i fifth, const Tables &t, const int32_t *x, int stride,
+                 __m256i (&narrow)[kTokens]) {
+  const __m256i three = _mm256_set1_epi8(3);
+  __m256i packed = look_up<kVector>(chunk, fifth, t);
+  __m256i first = _mm256_and_si256(packed, three), second = _mm256_and_si256(_mm256_srli_epi16(packed, 2), three),
+          third = _mm256_and_si256(_mm256_srli_epi16(packed, 4), three);
+  x += 3 * kVector * stride;
+  for (int k = 0; k < kTokens; ++k) {
+    __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi32(x[k])),
+                                   _mm256_maddubs_epi16(second, _mm256_set1_epi32(x[stride + k])));
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(third, _mm256_set1_epi32(x[2 * stride + k])));
+    narrow[k] = _mm256_add_epi16(narrow[k], sum);
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) sums[t * sums_stride + r] = total(wide[r][t]);
+}
+
+// maddubs adds two products of a code (at most 2) and an int8: at most 512 in magnitude. A chunk adds 24 of them, 12,288;
+// two chunks stay below 32,768, so the int16 sums are exact and are widened once in two chunks.
+template <int kTokens>
+inline void half_tile(const uint8_t *codes, int chunks, const int32_t *x, int stride, int32_t *sums) {
+  const Tables t;
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i wide[kTokens], narrow[kTokens];
+  for (int k = 0; k < kTokens; ++k) wide[k] = narrow[k] = _mm256_setzero_si256();
+  for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk, x += 24 * stride) {
+    for (int line = 0; kTokens == 1 && line < 5; ++line)
+      _mm_prefetch((const char *)codes + 2048 + 64 * line, _MM_HINT_T0);
+    __m256i fifth = load(codes + 256);
+    step<0, kTokens>(codes, fifth, t, x, stride, narrow);
+    step<1, kTokens>(codes, fifth, t, x, stride, narrow);
+    step<2, kTokens>(codes, fifth, t, x, stride, narrow);
+    step<3, kTokens>(codes, fifth, t, x, stride, narrow);
+    step<4, kTokens>(codes, fifth, t, x, stride, narrow);
+    step<5, kTokens>(codes, fifth, t, x, stride, narrow);
+    step<6, kTokens>(codes, fifth, t, x, stride, narrow);
+    step<7, kTokens>(codes, fifth, t, x, stride, narrow);
+    if (c % 2 == 0 && c + 1 < chunks) continue;
+    for (int k = 0; k < kTokens; ++k) {
+      wide[k] = _mm256_add_epi32(wide[k], _mm256_madd_epi16(narrow[k], ones));
+      narrow[k] = _mm256_setzero_si256();
+    }
+  }
+  for (int k = 0; k < kTokens; ++k) _mm256_storeu_si256((__m256i *)(sums + 16 * k), wide[k]);
+}
+
+template <int kTokens>
+inline void block_tile(const uint8_t *codes, int chunks, const int32_t *x, int stride, int32_t *sums) {
+  half_tile<kTokens>(codes, chunks, x, stride, sums);
+  half_tile<kTokens>(codes + 32, chunks, x, stride, sums + 8);
+}
+
+void ternary_one(const uint8_t *codes, int blocks, int chunks, const int32_t *x, int32_t *sums) {
+  for (int block = 0; block < blocks; ++block, codes += (size_t)chunks * halo::kTernaryChunk, sums += 16)
+    block_tile<1>(codes, chunks, x, 1, sums);
+}
+
+// More than four tokens' sums do not stay in 16 registers.
+template <int kBlocks, int kTokens>
+inline void tile(const uint8_t *codes, int chunks, const int32_t *x, int32_t *sums) {
+  int t = 0;
+  for (; t + 4 <= kTokens; t += 4) block_tile<4>(codes, chunks, x + t, kTokens, sums + 16 * t);
+  if (kTokens % 4) block_tile<kTokens % 4 ? kTokens % 4 : 1>(codes, chunks, x + t, kTokens, sums + 16 * t);
+}
+
+const int kPair = 1;
+
+// Levels 0..63 of four groups of columns, eight rows.
+inline void levels(const uint8_t *chunk, __m256i (&u)[4]) {
+  const __m256i nibble = _mm256_set1_epi8(0x3c), two = _mm256_set1_epi8(3);
+  __m256i rest = load(chunk + 128);
+  for (int half = 0; half < 2; ++half) {
+    __m256i high = load(chunk + 64 * half);
+    u[2 * half] = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(high, 2), nibble),
+                                  _mm256_and_si256(_mm256_srli_epi16(rest, 4 * half), two));
+    u[2 * half + 1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(high, 2), nibble),
+                                      _mm256_and_si256(_mm256_srli_epi16(rest, 4 * half + 2), two));
+  }
+}
+
+// One maddubs is at most 2 * 63 * 128 = 16,128 in magnitude: widened at once.
+template <int kTokens>
+inline void coarse_half(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i sum[2 * kTokens];
+  for (__m256i &s : sum) s = _mm256_setzero_si256();
+  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * kTokens) {
+    for (int line = 0; line < 3; ++line) _mm_prefetch((const char *)tiles + 3072 + 64 * line, _MM_HINT_T0);
+    __m256i u[4];
+    levels(tiles, u);
+    for (int g = 0; g < 4; ++g)
+      for (int t = 0; t < kTokens; ++t)
+        for (int part = 0; part < 2; ++part) {
+          __m256i v = _mm256_set1_epi32(x[(2 * g + part) * kTokens + t]);
+          __m256i &own = sum[2 * t + part];
+          own = _mm256_add_epi32(own, _mm256_madd_epi16(_mm256_maddubs_epi16(u[g], v), ones));
+        }
+  }
+  for (int k = 0; k < 2 * kTokens; ++k) _mm256_storeu_si256((__m256i *)(sums + 16 * k), sum[k]);
+}
+
+template <int kTokens>
+void coarse_tile(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
+  coarse_half<kTokens>(tiles, chunks, x, sums);
+  coarse_half<kTokens>(tiles + 32, chunks, x, sums + 8);
 }
 
 }  // namespace
 
 #include "lanes.inc.h"
 #include "attention_avx2.inc.h"
-#include "tiles.inc.h"
+#include "walk.inc.h"
 
 namespace halo {
 
-extern const Kernels avx2_table = {"avx2", ternary<4, 2>, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
+extern const Kernels avx2_table = {"avx2", ternary, finish, rmsnorm, quantize, relu2, silu, dot_rows, coarse,
+                                   coarse_bounds, &attention_kernels};
 
 }  // namespace halo
 

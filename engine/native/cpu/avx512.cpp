@@ -1,4 +1,4 @@
-// The AVX-512 path with VNNI: 64 bytes of codes and four vpdpbusd a step.
+// The AVX-512 path with VNNI: 16 rows and four columns a vpdpbusd.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -16,6 +16,7 @@ inline V vload_bf16(const uint16_t *p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline V vfrom_ints(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 inline V vadd(V a, V b) { return _mm512_add_ps(a, b); }
 inline V vsub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V vmul(V a, V b) { return _mm512_mul_ps(a, b); }
@@ -47,44 +48,156 @@ inline void vquantize16(V x, V s, int8_t *q) {
   _mm_storeu_si128((__m128i *)q, _mm512_cvtsepi32_epi8(rounded));
 }
 
-inline __m512i load_bytes(const void *p, int left) {
-  if (left >= 64) return _mm512_loadu_si512(p);
-  return _mm512_maskz_loadu_epi8((~(__mmask64)0) >> (64 - left), p);
+// The codes of three columns, two bits each, for an index below 16 and for 16 to 26: engine/formats/tiles.py.
+alignas(16) const uint8_t kCodes[32] = {0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08, 0x09, 0x0a, 0x10, 0x11,
+                                        0x12, 0x14, 0x15, 0x16, 0x18, 0x19, 0x1a, 0x20, 0x21, 0x22, 0x24,
+                                        0x25, 0x26, 0x28, 0x29, 0x2a, 0,    0,    0,    0,    0};
+
+struct Tables {
+  __m512i low = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)kCodes));
+  __m512i high = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)kCodes + 1));
+  __m512i nibble = _mm512_set1_epi8(15);
+};
+
+// Index vectors 2 v and 2 v + 1 of a chunk, each as three codes a byte.
+template <int kVector>
+inline void look_up(const uint8_t *chunk, __m512i fifth, const Tables &t, __m512i *even, __m512i *odd) {
+  __m512i both = _mm512_loadu_si512(chunk + 64 * kVector);
+  __m512i low = _mm512_and_si512(both, t.nibble), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), t.nibble);
+  __mmask64 low_bit = _mm512_test_epi8_mask(fifth, _mm512_set1_epi8((char)(1 << 2 * kVector)));
+  __mmask64 high_bit = _mm512_test_epi8_mask(fifth, _mm512_set1_epi8((char)(2 << 2 * kVector)));
+  *even = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.low, low), low_bit, t.high, low);
+  *odd = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.low, high), high_bit, t.high, high);
 }
 
-// The shifts of a step are shared by its tokens: codes of one plane are worth a register each.
-template <int kRows, int kTokens>
-inline void tile(const uint8_t *codes, int row_bytes, const int8_t *x, size_t x_stride, int32_t *sums,
-                 size_t sums_stride) {
+inline __m512i four(const int32_t *x) { return _mm512_set1_epi32(*x); }
+
+// One token. The codes are multiplied where they stand in their byte, so the sums of the second and third column are
+// 4 and 16 times too large, and exactly divisible.
+template <int kVector>
+inline void step_one(const uint8_t *chunk, __m512i fifth, const Tables &t, const int32_t *x, __m512i *sum) {
+  const __m512i first = _mm512_set1_epi8(0x03), second = _mm512_set1_epi8(0x0c), third = _mm512_set1_epi8(0x30);
+  __m512i even, odd;
+  look_up<kVector>(chunk, fifth, t, &even, &odd);
+  x += 6 * kVector;
+  sum[0] = _mm512_dpbusd_epi32(sum[0], _mm512_and_si512(even, first), four(x));
+  sum[1] = _mm512_dpbusd_epi32(sum[1], _mm512_and_si512(even, second), four(x + 1));
+  sum[2] = _mm512_dpbusd_epi32(sum[2], _mm512_and_si512(even, third), four(x + 2));
+  sum[3] = _mm512_dpbusd_epi32(sum[3], _mm512_and_si512(odd, first), four(x + 3));
+  sum[4] = _mm512_dpbusd_epi32(sum[4], _mm512_and_si512(odd, second), four(x + 4));
+  sum[5] = _mm512_dpbusd_epi32(sum[5], _mm512_and_si512(odd, third), four(x + 5));
+}
+
+void ternary_one(const uint8_t *codes, int blocks, int chunks, const int32_t *x, int32_t *sums) {
+  const Tables t;
+  for (int block = 0; block < blocks; ++block, sums += 16) {
+    __m512i sum[6];
+    for (__m512i &s : sum) s = _mm512_setzero_si512();
+    for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk) {
+      for (int line = 0; line < 5; ++line) _mm_prefetch((const char *)codes + 2048 + 64 * line, _MM_HINT_T0);
+      __m512i fifth = _mm512_loadu_si512(codes + 256);
+      const int32_t *group = x + 24 * c;
+      step_one<0>(codes, fifth, t, group, sum);
+      step_one<1>(codes, fifth, t, group, sum);
+      step_one<2>(codes, fifth, t, group, sum);
+      step_one<3>(codes, fifth, t, group, sum);
+    }
+    __m512i four_fold = _mm512_add_epi32(sum[1], sum[4]), sixteen_fold = _mm512_add_epi32(sum[2], sum[5]);
+    __m512i all = _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[3]), _mm512_srai_epi32(four_fold, 2));
+    _mm512_storeu_si512(sums, _mm512_add_epi32(all, _mm512_srai_epi32(sixteen_fold, 4)));
+  }
+}
+
+template <int kBlocks, int kTokens>
+inline void multiply_codes(const __m512i *packed, const int32_t *x, __m512i (&sum)[kBlocks][kTokens]) {
   const __m512i three = _mm512_set1_epi8(3);
-  __m512i sum[kRows][kTokens];
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) sum[r][t] = _mm512_setzero_si512();
-  for (int b = 0; b < row_bytes; b += 64) {
-    __m512i w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = load_bytes(codes + (size_t)r * row_bytes + b, row_bytes - b);
-    for (int plane = 0; plane < 4; ++plane) {
-      for (int t = 0; t < kTokens; ++t) {
-        __m512i v = _mm512_loadu_si512(x + t * x_stride + (size_t)plane * row_bytes + b);
-        for (int r = 0; r < kRows; ++r)
-          sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], _mm512_and_si512(w[r], three), v);
-      }
-      for (int r = 0; r < kRows; ++r) w[r] = _mm512_srli_epi16(w[r], 2);
+#pragma GCC unroll 3
+  for (int column = 0; column < 3; ++column, x += kTokens) {
+    __m512i code[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) code[b] = _mm512_and_si512(_mm512_srli_epi16(packed[b], 2 * column), three);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      __m512i v = four(x + t);
+      for (int b = 0; b < kBlocks; ++b) sum[b][t] = _mm512_dpbusd_epi32(sum[b][t], code[b], v);
     }
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) sums[t * sums_stride + r] = _mm512_reduce_add_epi32(sum[r][t]);
+}
+
+template <int kVector, int kBlocks, int kTokens>
+inline void step(const uint8_t *chunk, size_t block_bytes, const Tables &t, const int32_t *x,
+                 __m512i (&sum)[kBlocks][kTokens]) {
+  __m512i even[kBlocks], odd[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    const uint8_t *own = chunk + b * block_bytes;
+    look_up<kVector>(own, _mm512_loadu_si512(own + 256), t, &even[b], &odd[b]);
+  }
+  multiply_codes<kBlocks, kTokens>(even, x + 6 * kVector * kTokens, sum);
+  multiply_codes<kBlocks, kTokens>(odd, x + (6 * kVector + 3) * kTokens, sum);
+}
+
+template <int kBlocks, int kTokens>
+inline void tile(const uint8_t *codes, int chunks, const int32_t *x, int32_t *sums) {
+  const Tables t;
+  size_t block_bytes = (size_t)chunks * halo::kTernaryChunk;
+  __m512i sum[kBlocks][kTokens];
+  for (int b = 0; b < kBlocks; ++b)
+    for (int k = 0; k < kTokens; ++k) sum[b][k] = _mm512_setzero_si512();
+  for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk, x += 24 * kTokens) {
+    step<0, kBlocks, kTokens>(codes, block_bytes, t, x, sum);
+    step<1, kBlocks, kTokens>(codes, block_bytes, t, x, sum);
+    step<2, kBlocks, kTokens>(codes, block_bytes, t, x, sum);
+    step<3, kBlocks, kTokens>(codes, block_bytes, t, x, sum);
+  }
+  for (int b = 0; b < kBlocks; ++b)
+    for (int k = 0; k < kTokens; ++k) _mm512_storeu_si512(sums + (b * kTokens + k) * 16, sum[b][k]);
+}
+
+const int kPair = 2;  // blocks of rows that share one pass over the activations
+
+// Levels 0..63 of four groups of columns.
+inline void levels(const uint8_t *chunk, __m512i (&u)[4]) {
+  const __m512i nibble = _mm512_set1_epi8(0x3c), two = _mm512_set1_epi8(3);
+  __m512i rest = _mm512_loadu_si512(chunk + 128);
+  for (int half = 0; half < 2; ++half) {
+    __m512i high = _mm512_loadu_si512(chunk + 64 * half);
+    u[2 * half] = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(high, 2), nibble),
+                                  _mm512_and_si512(_mm512_srli_epi16(rest, 4 * half), two));
+    u[2 * half + 1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(high, 2), nibble),
+                                      _mm512_and_si512(_mm512_srli_epi16(rest, 4 * half + 2), two));
+  }
+}
+
+template <int kTokens>
+void coarse_tile(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
+  __m512i sum[2][kTokens][2];
+  for (auto &parity : sum)
+    for (auto &token : parity)
+      for (__m512i &s : token) s = _mm512_setzero_si512();
+  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * kTokens) {
+    for (int line = 0; line < 3; ++line) _mm_prefetch((const char *)tiles + 3072 + 64 * line, _MM_HINT_T0);
+    __m512i u[4];
+    levels(tiles, u);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g)
+      for (int t = 0; t < kTokens; ++t)
+        for (int part = 0; part < 2; ++part)
+          sum[g % 2][t][part] = _mm512_dpbusd_epi32(sum[g % 2][t][part], u[g], four(x + (2 * g + part) * kTokens + t));
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int part = 0; part < 2; ++part)
+      _mm512_storeu_si512(sums + (2 * t + part) * 16, _mm512_add_epi32(sum[0][t][part], sum[1][t][part]));
 }
 
 }  // namespace
 
 #include "lanes.inc.h"
 #include "attention_avx512.inc.h"
-#include "tiles.inc.h"
+#include "walk.inc.h"
 
 namespace halo {
 
-extern const Kernels avx512_table = {"avx512", ternary<4, 4>, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
+extern const Kernels avx512_table = {"avx512", ternary, finish, rmsnorm, quantize, relu2, silu, dot_rows, coarse,
+                                     coarse_bounds, &attention_kernels};
 
 }  // namespace halo
 

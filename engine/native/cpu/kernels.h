@@ -15,13 +15,39 @@
 
 namespace halo {
 
+const int kRows = 16;           // rows of a matrix that lie side by side, in the lanes of a vector
+const int kTileTokens = 12;     // tokens that one call of `ternary` takes at most
+const int kTernaryChunk = 320;  // bytes of 16 rows x 96 columns of a ternary matrix: engine/formats/tiles.py
+const int kTernaryCols = 96;
+const int kCoarseChunk = 192;  // bytes of 16 rows x 16 columns of the coarse head
+const int kCoarseCols = 16;
+const int kCoarseTokens = 4;  // tokens that one call of `coarse` takes at most
+
+// One token as the coarse head sees it: x is about step * (256 high + low). See docs/exact-head.md.
+struct CoarseToken {
+  float half_step;           // step / 2
+  float by_error, by_norm;   // |exact - coarse| <= by_error * error of the row + by_norm * norm of the row
+  int32_t high_sum, low_sum; // sums of high and of low
+};
+
+// What `coarse_bounds` found in some rows: the largest certain logit, and the row that looks best.
+struct CoarseBest {
+  float certain, seen;
+  int row;
+};
+
 struct Kernels {
   const char *name;
 
-  // sums[t * sums_stride + r] = sum over j of code[r][j] * x[t][j], codes 0..3 in the prepared layout of `row_bytes`
-  // bytes a row (a multiple of 16). x[t] has 4 * row_bytes values, zero beyond the columns, and 64 readable bytes more.
-  void (*ternary)(const uint8_t *codes, int row_bytes, int rows, const int8_t *x, size_t x_stride, int tokens,
-                  int32_t *sums, size_t sums_stride);
+  // sums[(block * tokens + t) * 16 + r] = sum over j of code[16 * block + r][j] * x[t][j], for `blocks` consecutive
+  // blocks of `chunks` chunks. x is packed: four activations of group g of token t are the bytes of x[g * tokens + t],
+  // 24 groups a chunk. 4 KiB after the codes may be prefetched, not read.
+  void (*ternary)(const uint8_t *codes, int blocks, int chunks, const int32_t *x, int tokens, int32_t *sums);
+
+  // out[t * stride + r] = (float)(sums[t * 16 + r] - offset[t]) * weight_scale[r] / x_scale[t], or is added to out,
+  // for `rows` <= 16 rows of one block.
+  void (*finish)(const int32_t *sums, int tokens, int rows, const float *weight_scale, const int32_t *offset,
+                 const float *x_scale, float *out, size_t stride, bool add);
 
   // y = x * (1 / sqrt(mean(x^2) + eps)) * weight, over n elements.
   void (*rmsnorm)(const float *x, const float *weight, int n, float eps, float *y);
@@ -29,11 +55,22 @@ struct Kernels {
   // q = round_half_even(x * s), s = 127 / max(max|x|, 1e-5). False if x holds a NaN or an infinity.
   bool (*quantize)(const float *x, int n, int8_t *q, float *scale);
 
-  // y = relu(gate)^2 * up
+  // y = max(gate, 0)^2 * up
   void (*relu2)(const float *gate, const float *up, int n, float *y);
+
+  // y = silu(gate) * up, as engine/reference.py defines it.
+  void (*silu)(const float *gate, const float *up, int n, float *y);
 
   // out[r] = dot(row r, x); rows are row_bytes apart, of bfloat16 or float32.
   void (*dot_rows)(const uint8_t *rows, size_t row_bytes, bool bf16, int count, const float *x, int n, float *out);
+
+  // One block of the coarse head for up to kCoarseTokens tokens: sums[(2 * t) * 16 + r] of u * high, and
+  // sums[(2 * t + 1) * 16 + r] of u * low. x is packed: x[(2 * g) * tokens + t] high, x[(2 * g + 1) * tokens + t] low.
+  void (*coarse)(const uint8_t *tiles, int chunks, const int32_t *x, int tokens, int32_t *sums);
+
+  // The upper bounds of `rows` <= 16 logits from the sums of one token; updates `best`.
+  void (*coarse_bounds)(const int32_t *sums, int rows, int first_row, const float *scale, const float *error,
+                        const float *norm, const CoarseToken &token, float *upper, CoarseBest *best);
 
   const AttentionKernels *attention;
 };

@@ -3,7 +3,8 @@
 // instructions must never be the copy that the linker keeps for another path.
 //
 // A path defines: V, vzero, vset1, vload, vstore, vload_bf16, vadd, vsub, vmul, vdiv, vmax, vfma(a, b, c) = a * b + c,
-// vsum (the tree), vscale2(p, t) = p * 2^n where t = n + 1.5 * 2^23, vmaxabs_bits(x, n), vquantize16(x, s, q).
+// vfrom_ints(p) of 16 int32, vsum (the tree), vscale2(p, t) = p * 2^n where t = n + 1.5 * 2^23, vmaxabs_bits(x, n),
+// vquantize16(x, s, q).
 
 namespace {
 
@@ -87,6 +88,55 @@ inline V vexp(V x) {
   p = vfma(p, r, vset1(5.0000001201e-1f));
   p = vfma(p, vmul(r, r), r);
   return vscale2(vadd(p, vset1(1.0f)), t);
+}
+
+void silu(const float *gate, const float *up, int n, float *y) {
+  for (int i = 0; i < n; i += 16) {
+    V x = vload(gate + i), positive = vmax(x, vzero()), negative = vsub(x, positive);
+    V e = vexp(vsub(negative, positive));
+    V turned = vdiv(vadd(positive, vmul(negative, e)), vadd(vset1(1.0f), e));
+    vstore(y + i, vmul(turned, vload(up + i)));
+  }
+}
+
+void finish(const int32_t *sums, int tokens, int rows, const float *weight_scale, const int32_t *offset,
+            const float *x_scale, float *out, size_t stride, bool add) {
+  V scale = vload(weight_scale);
+  for (int t = 0; t < tokens; ++t, sums += 16, out += stride) {
+    int32_t centred[16];
+    for (int r = 0; r < 16; ++r) centred[r] = sums[r] - offset[t];
+    V y = vdiv(vmul(vfrom_ints(centred), scale), vset1(x_scale[t]));
+    if (rows == 16) {
+      vstore(out, add ? vadd(vload(out), y) : y);
+      continue;
+    }
+    float some[16];
+    vstore(some, y);
+    for (int r = 0; r < rows; ++r) out[r] = add ? out[r] + some[r] : some[r];
+  }
+}
+
+// The integers are exact: 2 u - 63 is twice a level. What the floats round is far below the bound's own slack.
+void coarse_bounds(const int32_t *sums, int rows, int first_row, const float *scale, const float *error,
+                   const float *norm, const halo::CoarseToken &token, float *upper, halo::CoarseBest *best) {
+  int32_t high[16], low[16];
+  for (int r = 0; r < 16; ++r) {
+    high[r] = 2 * sums[r] - 63 * token.high_sum;
+    low[r] = 2 * sums[16 + r] - 63 * token.low_sum;
+  }
+  V whole = vfma(vfrom_ints(high), vset1(256.0f), vfrom_ints(low));
+  V seen = vmul(vmul(whole, vset1(token.half_step)), vload(scale));
+  V bound = vfma(vset1(token.by_error), vload(error), vmul(vset1(token.by_norm), vload(norm)));
+  bound = vadd(bound, vset1(1.2e-38f));  // what is lost below the normal numbers
+  float see[16], certain[16], above[16];
+  vstore(see, seen);
+  vstore(certain, vsub(seen, bound));
+  vstore(above, vadd(seen, bound));
+  for (int r = 0; r < rows; ++r) {
+    upper[r] = above[r];
+    if (certain[r] > best->certain) best->certain = certain[r];
+    if (see[r] > best->seen) best->seen = see[r], best->row = first_row + r;
+  }
 }
 
 }  // namespace

@@ -1,25 +1,43 @@
-// A prepared model file, mapped and checked. It knows where the tensors are, not what is done with them.
+// A prepared model file, loaded and checked. It knows where the tensors are, not what is done with them.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "../halo.h"
+#include "buffer.h"
 
 namespace halo {
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct Ternary {
-  const uint8_t *codes;  // [rows][row_bytes]
+  const uint8_t *codes;  // tiles: engine/formats/tiles.py
   const float *scales;   // [rows]
-  int rows, cols, row_bytes;
+  int rows, cols;
+};
+
+// Rows of full precision, bfloat16 or float32: the embedding, or an output head of its own.
+struct Rows {
+  const uint8_t *data;
+  size_t row_bytes;
+  bool bf16;
+
+  const uint8_t *row(int index) const { return data + (size_t)index * row_bytes; }
+};
+
+// The output head at six bits, with what bounds its error: docs/exact-head.md.
+struct Coarse {
+  const uint8_t *tiles;
+  const float *scale, *error, *norm;  // [vocab]
 };
 
 struct Layer {
-  const float *input_norm, *post_attn_norm, *attn_sub_norm, *ffn_sub_norm;
+  const float *input_norm, *post_attn_norm;
+  const float *attn_sub_norm, *ffn_sub_norm;  // null where the model has none
   Ternary q, k, v, o, gate, up, down;
 };
 
@@ -30,12 +48,12 @@ class Model {
   Model(const Model &) = delete;
   Model &operator=(const Model &) = delete;
 
-  int head_dim() const { return config.hidden_size / config.num_heads; }
+  int head_dim() const { return config.head_dim; }
+  int q_size() const { return config.num_heads * config.head_dim; }
 
   halo_config config;
-  const uint8_t *embedding;  // [vocab][embedding_row_bytes], bfloat16 or float32
-  size_t embedding_row_bytes;
-  bool embedding_bf16;
+  Rows embedding, head;  // one and the same where the embedding is tied
+  Coarse coarse;
   const float *final_norm;
   const float *rope_cos, *rope_sin;  // [max_seq_len][rope_row]
   int rope_row;
@@ -43,17 +61,24 @@ class Model {
 
  private:
   struct Entry;
+  struct Piece;
   void map(const char *path);
   void read_header();
-  void read_tensors();
-  const uint8_t *tensor(const char *name, uint32_t dtype, int rows, int cols, size_t row_bytes);
-  const float *floats(const char *name, int rows, int cols);
-  Ternary ternary(const char *name, int rows, int cols);
+  void read_directory();
+  void load();
+  void check_padding(const std::vector<Entry> &entries) const;
+  const uint8_t *tensor(const std::string &name, uint32_t dtype, int rows, int cols, uint32_t row_bytes, size_t bytes);
+  const float *floats(const std::string &name, int rows, int cols);
+  Ternary ternary(const std::string &name, int rows, int cols);
+  Rows rows(const std::string &name);
+  void read_layer(const std::string &prefix);
 
   std::string path_;
   const uint8_t *data_ = nullptr;
   size_t size_ = 0;
   uint32_t count_ = 0, next_ = 0;
+  size_t hot_ = 0;                         // bytes from the file's start that every token reads
+  std::unique_ptr<Buffer<uint8_t>> copy_;  // of these, in huge pages
 };
 
 }  // namespace halo

@@ -6,7 +6,8 @@
 #include "neon.inc.h"
 
 namespace halo {
-extern const Kernels neon_table = {"neon", ternary<4, 2>, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
+extern const Kernels neon_table = {"neon", ternary, finish, rmsnorm, quantize, relu2, silu, dot_rows, coarse,
+                                   coarse_bounds, &attention_kernels};
 }  // namespace halo
 
 #endif

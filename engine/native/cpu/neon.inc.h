@@ -25,6 +25,9 @@ inline void vstore(float *p, V v) {
 inline V vload_bf16(const uint16_t *p) {
   return each([=](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
 }
+inline V vfrom_ints(const int32_t *p) {
+  return each([=](int i) { return vcvtq_f32_s32(vld1q_s32(p + 4 * i)); });
+}
 inline V vadd(V a, V b) {
   return each([=](int i) { return vaddq_f32(a.q[i], b.q[i]); });
 }
@@ -71,53 +74,115 @@ inline void vquantize16(V x, V s, int8_t *q) {
   vst1q_s8(q, vcombine_s8(vqmovn_s16(first), vqmovn_s16(second)));
 }
 
+// The codes of three columns, two bits each, for an index of 0 to 26: engine/formats/tiles.py.
+const uint8_t kCodes[32] = {0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08, 0x09, 0x0a, 0x10, 0x11,
+                            0x12, 0x14, 0x15, 0x16, 0x18, 0x19, 0x1a, 0x20, 0x21, 0x22, 0x24,
+                            0x25, 0x26, 0x28, 0x29, 0x2a, 0,    0,    0,    0,    0};
+
 #if HALO_DOTPROD
 struct Sum {
   int32x4_t wide = vdupq_n_s32(0);
-  inline void add(int8x16_t code, int8x16_t v) { wide = vdotq_s32(wide, code, v); }
+  inline void add(uint8x16_t code, int8x16_t v) { wide = vdotq_s32(wide, vreinterpretq_s8_u8(code), v); }
   inline void settle() {}
 };
 #else
-// Two products of a code (at most 3) and an int8 fall into one int16 lane a call: at most 768 in magnitude, four planes
-// of eight steps 24,576 < 32,768. So the int16 sums are exact, and are widened once in eight steps.
+// Each int16 lane adds 24 products of a code (at most 2) and an int8 a chunk, at most 6,144 in magnitude: exact for five
+// chunks, and widened once in four.
 struct Sum {
   int32x4_t wide = vdupq_n_s32(0);
-  int16x8_t narrow = vdupq_n_s16(0);
-  inline void add(int8x16_t code, int8x16_t v) {
-    narrow = vmlal_s8(narrow, vget_low_s8(code), vget_low_s8(v));
-    narrow = vmlal_s8(narrow, vget_high_s8(code), vget_high_s8(v));
+  int16x8_t low = vdupq_n_s16(0), high = vdupq_n_s16(0);
+  inline void add(uint8x16_t code, int8x16_t v) {
+    int8x16_t c = vreinterpretq_s8_u8(code);
+    low = vmlal_s8(low, vget_low_s8(c), vget_low_s8(v));
+    high = vmlal_s8(high, vget_high_s8(c), vget_high_s8(v));
   }
   inline void settle() {
-    wide = vpadalq_s16(wide, narrow);
-    narrow = vdupq_n_s16(0);
+    wide = vaddq_s32(wide, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+    low = high = vdupq_n_s16(0);
   }
 };
 #endif
 
-template <int kRows, int kTokens>
-inline void tile(const uint8_t *codes, int row_bytes, const int8_t *x, size_t x_stride, int32_t *sums,
-                 size_t sums_stride) {
-  Sum sum[kRows][kTokens];
-  for (int b = 0; b < row_bytes; b += 16) {
-    uint8x16_t w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = vld1q_u8(codes + (size_t)r * row_bytes + b);
-    for (int plane = 0; plane < 4; ++plane) {
-      for (int t = 0; t < kTokens; ++t) {
-        int8x16_t v = vld1q_s8(x + t * x_stride + (size_t)plane * row_bytes + b);
-        for (int r = 0; r < kRows; ++r) sum[r][t].add(vreinterpretq_s8_u8(vandq_u8(w[r], vdupq_n_u8(3))), v);
-      }
-      for (int r = 0; r < kRows; ++r) w[r] = vshrq_n_u8(w[r], 2);
+inline int8x16_t four(const int32_t *x) { return vreinterpretq_s8_s32(vdupq_n_s32(*x)); }
+
+// Four rows: quarter `q` of each vector.
+template <int kTokens>
+inline void quarter_tile(const uint8_t *codes, int chunks, const int32_t *x, int stride, int32_t *sums) {
+  const uint8x16x2_t table = {{vld1q_u8(kCodes), vld1q_u8(kCodes + 16)}};
+  const uint8x16_t nibble = vdupq_n_u8(15), bit = vdupq_n_u8(16), three = vdupq_n_u8(3);
+  Sum sum[kTokens];
+  for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk, x += 24 * stride) {
+    uint8x16_t fifth = vld1q_u8(codes + 256);
+    for (int vector = 0; vector < 8; ++vector) {
+      uint8x16_t both = vld1q_u8(codes + 64 * (vector / 2));
+      uint8x16_t index = vector % 2 ? vshrq_n_u8(both, 4) : vandq_u8(both, nibble);
+      index = vorrq_u8(index, vandq_u8(vshlq_u8(fifth, vdupq_n_s8((int8_t)(4 - vector))), bit));
+      uint8x16_t packed = vqtbl2q_u8(table, index);
+      uint8x16_t code[3] = {vandq_u8(packed, three), vandq_u8(vshrq_n_u8(packed, 2), three), vshrq_n_u8(packed, 4)};
+      for (int column = 0; column < 3; ++column)
+        for (int t = 0; t < kTokens; ++t) sum[t].add(code[column], four(x + (3 * vector + column) * stride + t));
     }
-    if (b % 128 == 112 || b + 16 == row_bytes)
-      for (int r = 0; r < kRows; ++r)
-        for (int t = 0; t < kTokens; ++t) sum[r][t].settle();
+    if (c % 4 == 3 || c + 1 == chunks)
+      for (Sum &s : sum) s.settle();
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) sums[t * sums_stride + r] = vaddvq_s32(sum[r][t].wide);
+  for (int t = 0; t < kTokens; ++t) vst1q_s32(sums + 16 * t, sum[t].wide);
+}
+
+template <int kTokens>
+inline void block_tile(const uint8_t *codes, int chunks, const int32_t *x, int stride, int32_t *sums) {
+  for (int q = 0; q < 4; ++q) quarter_tile<kTokens>(codes + 16 * q, chunks, x, stride, sums + 4 * q);
+}
+
+void ternary_one(const uint8_t *codes, int blocks, int chunks, const int32_t *x, int32_t *sums) {
+  for (int block = 0; block < blocks; ++block, codes += (size_t)chunks * halo::kTernaryChunk, sums += 16)
+    block_tile<1>(codes, chunks, x, 1, sums);
+}
+
+template <int kBlocks, int kTokens>
+inline void tile(const uint8_t *codes, int chunks, const int32_t *x, int32_t *sums) {
+  int t = 0;
+  for (; t + 4 <= kTokens; t += 4) block_tile<4>(codes, chunks, x + t, kTokens, sums + 16 * t);
+  if (kTokens % 4) block_tile<kTokens % 4 ? kTokens % 4 : 1>(codes, chunks, x + t, kTokens, sums + 16 * t);
+}
+
+const int kPair = 1;
+
+// A level of at most 63 times an int8, twice in a lane: at most 16,128 in magnitude, so widened at once.
+inline int32x4_t add_levels(int32x4_t sum, uint8x16_t u, int8x16_t v) {
+#if HALO_DOTPROD
+  return vdotq_s32(sum, vreinterpretq_s8_u8(u), v);
+#else
+  int8x16_t s = vreinterpretq_s8_u8(u);
+  int16x8_t low = vmull_s8(vget_low_s8(s), vget_low_s8(v)), high = vmull_s8(vget_high_s8(s), vget_high_s8(v));
+  return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+}
+
+template <int kTokens>
+inline void coarse_quarter(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
+  const uint8x16_t nibble = vdupq_n_u8(0x3c), two = vdupq_n_u8(3);
+  int32x4_t sum[2 * kTokens];
+  for (int32x4_t &s : sum) s = vdupq_n_s32(0);
+  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * kTokens) {
+    uint8x16_t rest = vld1q_u8(tiles + 128);
+    for (int g = 0; g < 4; ++g) {
+      uint8x16_t high = vld1q_u8(tiles + 64 * (g / 2));
+      uint8x16_t u = vorrq_u8(vandq_u8(g % 2 ? vshrq_n_u8(high, 2) : vshlq_n_u8(high, 2), nibble),
+                              vandq_u8(vshlq_u8(rest, vdupq_n_s8((int8_t)(-2 * g))), two));
+      for (int k = 0; k < 2 * kTokens; ++k)
+        sum[k] = add_levels(sum[k], u, four(x + (2 * g + k % 2) * kTokens + k / 2));
+    }
+  }
+  for (int k = 0; k < 2 * kTokens; ++k) vst1q_s32(sums + 16 * k, sum[k]);
+}
+
+template <int kTokens>
+void coarse_tile(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
+  for (int q = 0; q < 4; ++q) coarse_quarter<kTokens>(tiles + 16 * q, chunks, x, sums + 4 * q);
 }
 
 }  // namespace
 
 #include "lanes.inc.h"
 #include "attention_neon.inc.h"
-#include "tiles.inc.h"
+#include "walk.inc.h"

@@ -6,7 +6,8 @@
 #include "neon.inc.h"
 
 namespace halo {
-extern const Kernels neondot_table = {"neondot", ternary<4, 4>, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
+extern const Kernels neondot_table = {"neondot", ternary, finish, rmsnorm, quantize, relu2, silu, dot_rows, coarse,
+                                      coarse_bounds, &attention_kernels};
 }  // namespace halo
 
 #endif

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <math.h>
+#include <string.h>
 
 namespace {
 
@@ -38,6 +39,9 @@ inline uint32_t to_bits(float x) {
 }
 inline V vload_bf16(const uint16_t *p) {
   return each([=](int l) { return from_bits((uint32_t)p[l] << 16); });
+}
+inline V vfrom_ints(const int32_t *p) {
+  return each([=](int l) { return (float)p[l]; });
 }
 inline V vadd(const V &a, const V &b) {
   return each([&](int l) { return a.lane[l] + b.lane[l]; });
@@ -83,18 +87,48 @@ inline void vquantize16(const V &x, const V &s, int8_t *q) {
   }
 }
 
-int32_t dot(const uint8_t *codes, int row_bytes, const int8_t *x) {
-  int32_t sum = 0;
-  for (int plane = 0; plane < 4; ++plane, x += row_bytes)
-    for (int b = 0; b < row_bytes; ++b) sum += (codes[b] >> 2 * plane & 3) * x[b];
-  return sum;
+// The codes of index vector `vector`, column by column: engine/formats/tiles.py.
+inline void codes_of(const uint8_t *chunk, int vector, uint8_t (&code)[3][64]) {
+  const uint8_t *nibbles = chunk + 64 * (vector / 2), *fifth = chunk + 256;
+  for (int lane = 0; lane < 64; ++lane) {
+    int index = (nibbles[lane] >> 4 * (vector % 2) & 15) | (fifth[lane] >> vector & 1) << 4;
+    code[2][lane] = (uint8_t)(index * 57 >> 9);  // index / 9 and, below, / 3: exact for 0 to 26
+    int rest = index - 9 * code[2][lane];
+    code[1][lane] = (uint8_t)(rest * 11 >> 5);
+    code[0][lane] = (uint8_t)(rest - 3 * code[1][lane]);
+  }
 }
 
-void ternary(const uint8_t *codes, int row_bytes, int rows, const int8_t *x, size_t x_stride, int tokens,
-             int32_t *sums, size_t sums_stride) {
-  for (int t = 0; t < tokens; ++t)
-    for (int r = 0; r < rows; ++r)
-      sums[t * sums_stride + r] = dot(codes + (size_t)r * row_bytes, row_bytes, x + t * x_stride);
+void ternary(const uint8_t *codes, int blocks, int chunks, const int32_t *x, int tokens, int32_t *sums) {
+  for (int block = 0; block < blocks; ++block, sums += tokens * 16) {
+    memset(sums, 0, (size_t)tokens * 16 * sizeof *sums);
+    for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk)
+      for (int vector = 0; vector < 8; ++vector) {
+        uint8_t code[3][64];
+        codes_of(codes, vector, code);
+        for (int column = 0; column < 3; ++column)
+          for (int t = 0; t < tokens; ++t) {
+            int8_t v[4];
+            memcpy(v, x + (size_t)(24 * c + 3 * vector + column) * tokens + t, 4);
+            const uint8_t *own = code[column];
+            for (int row = 0; row < 16; ++row, own += 4)
+              sums[t * 16 + row] += own[0] * v[0] + own[1] * v[1] + own[2] * v[2] + own[3] * v[3];
+          }
+      }
+  }
+}
+
+void coarse(const uint8_t *tiles, int chunks, const int32_t *x, int tokens, int32_t *sums) {
+  memset(sums, 0, (size_t)tokens * 32 * sizeof *sums);
+  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * tokens)
+    for (int group = 0; group < 4; ++group)
+      for (int lane = 0; lane < 64; ++lane) {
+        int high = tiles[64 * (group / 2) + lane] >> 4 * (group % 2) & 15, low = tiles[128 + lane] >> 2 * group & 3;
+        for (int t = 0; t < tokens; ++t)
+          for (int part = 0; part < 2; ++part)
+            sums[(2 * t + part) * 16 + lane / 4] +=
+                (4 * high + low) * ((const int8_t *)(x + (2 * group + part) * tokens + t))[lane % 4];
+      }
 }
 
 }  // namespace
@@ -104,6 +138,7 @@ void ternary(const uint8_t *codes, int row_bytes, int rows, const int8_t *x, siz
 
 namespace halo {
 
-extern const Kernels scalar_table = {"scalar", ternary, rmsnorm, quantize, relu2, dot_rows, &attention_kernels};
+extern const Kernels scalar_table = {"scalar", ternary, finish, rmsnorm, quantize, relu2, silu, dot_rows, coarse,
+                                     coarse_bounds, &attention_kernels};
 
 }  // namespace halo

@@ -8,21 +8,27 @@
 
 #include "attention.h"
 #include "buffer.h"
+#include "head.h"
 #include "kernels.h"
 #include "model.h"
 #include "pool.h"
+#include "product.h"
 
 namespace halo {
 
-// What a run is asked for; the arrays are the caller's.
+// What a run is asked for; the arrays are the caller's. Results of the i-th wanted entry: all logits, or the arg max, or
+// (where `margin` is given) the ids and logits near the largest.
 struct Batch {
   int n;
   const int32_t *tokens, *slots, *positions;
   const uint8_t *want;
-  float *logits;  // one of logits and ids is not null
+  float *logits;
   size_t logits_count;
   int32_t *ids;
   size_t ids_count;
+  const float *margin;  // for each entry
+  size_t room;          // ids and logits for each wanted entry
+  int32_t *found;
 };
 
 class Session {
@@ -34,41 +40,28 @@ class Session {
   std::string facts();
 
  private:
-  // y = ternary(w) applied to the quantised rows; written to, or added to, `out`.
-  struct Product {
-    const Ternary *w;
-    float *out;
-    int stride;
-    bool add;
-  };
-
   void check(const Batch &batch) const;
   int chunk_end(const Batch &batch, int start) const;
   void forward(const Batch &batch, int start, int end);
   void embed(const int32_t *tokens, int count);
   void attention(int index, const Batch &batch, int start, int count);
   void feed_forward(int index, int count);
-  void norm_and_quantize(const float *x, int stride, const float *weight, int n, int count);
-  void quantize_token(int t, const float *x, int n);
-  void multiply(const Product *products, int product_count, int count);
-  void multiply_block(const Product &product, int first, int count);
+  void quantize(const float *x, int stride, const float *norm, int n, int count);
   int gather_wanted(const Batch &batch, int start, int end);
-  void head(const Batch &batch, int wanted, size_t done);
-  void head_block(int block, int wanted, float *logits);
+  void head(const Batch &batch, int start, int wanted, size_t done);
 
   std::shared_ptr<const Model> model_;
   const Kernels &kernels_;
-  const int slots_, context_, head_dim_;
-  const int hidden_row_, inter_row_, qkv_row_, quant_row_;
+  const int slots_, context_;
+  const int hidden_row_, q_row_, inter_row_, qkv_row_;
   Pool pool_;
   std::mutex running_;
-  std::atomic<bool> not_finite_{false};
   std::vector<int32_t> lengths_;  // tokens in each slot
+  bool not_finite_ = false;
   Attention attention_;
+  Quantized quantized_;
+  Head head_;
   Buffer<float> x_, normed_, qkv_, attended_, gate_, up_;
-  Buffer<int8_t> quantized_;
-  Buffer<float> scales_, best_;
-  Buffer<int32_t> sums_, best_ids_;
 };
 
 }  // namespace halo
