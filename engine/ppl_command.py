@@ -11,11 +11,12 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from engine.backend import DEFAULT_KV, KV_FORMS
 from engine.errors import EXIT_COULD_NOT_RUN, EXIT_DEGRADED, EXIT_WELL, HaloError
 
 if TYPE_CHECKING:
     from engine.ppl import Protocol, Scores
-    from engine.tokenizer import Tokenizer
+    from engine.tokenizer import TextTokenizer
 
 JSON_SCHEMA: Final = 1
 _CLEAR_LINE: Final = "\r\033[K"
@@ -31,6 +32,7 @@ def configure_ppl(parser: ArgumentParser) -> None:
     add("--bos", action=BooleanOptionalAction, default=True, help="begin each window with BOS (yes)")
     add("--tokens", type=int, metavar="MAX", help="only the first MAX tokens of the text")
     add("--threads", type=int, metavar="N", help="compute threads")
+    add("--kv", choices=KV_FORMS, help=f"form of the KV cache ({DEFAULT_KV})")
     add("--json", action="store_true", help="print one JSON object")
 
 
@@ -53,18 +55,18 @@ def _measure(args: Namespace, text: str) -> dict[str, Any]:
     from engine.backend import NativeModel
     from engine.formats.seal import check_open
     from engine.locate import locate, read_card
-    from engine.tokenizer import Tokenizer
+    from engine.tokenizer import load_tokenizer
 
     folder = locate(args.model).model_dir
     check_open(folder)
-    card, tokenizer = read_card(folder), Tokenizer.from_htok(folder / "tokenizer.htok")
+    card, tokenizer = read_card(folder), load_tokenizer(folder)
     with NativeModel.open(folder / "model.halo") as model:
         _check_vocabulary(folder, model.config.vocab_size, tokenizer)
         context = min(card.context, model.config.max_seq_len)
         protocol = _protocol(args, context, tokenizer.bos)
         tokens = tokenizer.encode(text)[: args.tokens]
         ppl.plan(len(tokens), protocol)  # a text too short is refused before the session takes its memory
-        with model.session(context=protocol.window, threads=args.threads) as session:
+        with model.session(context=protocol.window, threads=args.threads, kv=args.kv) as session:
             facts = {**model.facts, **session.facts}
             started = time.monotonic()
             at_once = ppl.positions_at_once(tokenizer.size)
@@ -74,7 +76,7 @@ def _measure(args: Namespace, text: str) -> dict[str, Any]:
     return {
         "schema": JSON_SCHEMA,
         "model": {"name": card.name, "context": context, "vocabulary": tokenizer.size},
-        "engine": {key: facts[key] for key in ("backend", "isa", "threads")},
+        "engine": {key: facts[key] for key in ("backend", "isa", "threads", "kv", "kv_bytes")},
         "protocol": {
             "window": protocol.window,
             "stride": protocol.stride,
@@ -138,6 +140,7 @@ def _summary(report: dict[str, Any]) -> str:
             f"tokens scored     {report['tokens_scored']}, each once",
             f"windows           {report['windows']} of at most {protocol['window']} tokens, "
             f"stride {protocol['stride']}, {bos}",
+            f"KV cache          {report['engine']['kv']}, {report['engine']['kv_bytes']} bytes",
             f"seconds           {report['seconds']:.2f} ({rate:.0f} tokens/s, "
             f"{report['engine']['isa']}, threads: {report['engine']['threads']})",
         )
@@ -170,7 +173,7 @@ def _check_range(flag: str, value: int | None, most: int) -> None:
         )
 
 
-def _check_vocabulary(folder: Path, vocabulary: int, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(folder: Path, vocabulary: int, tokenizer: TextTokenizer) -> None:
     if vocabulary != tokenizer.size:
         raise HaloError(
             f"The model in {folder} has {vocabulary} tokens and its tokenizer {tokenizer.size}.",

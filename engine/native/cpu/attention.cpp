@@ -49,17 +49,29 @@ bool Attention::run(int layer, const float *qkv, int qkv_row, const int32_t *slo
   plan(slots, positions, count);
   in_range_ = true;
   int items = (int)tiles_.size() * shape_.kv_heads, split = 0;
-  pool_.each(items, [&](int item, int thread) {
-    append(layer, tiles_[item / shape_.kv_heads], item % shape_.kv_heads, qkv, qkv_row, thread);
-  });
+  bool alone = true;  // no tile attends to what another appends
+  for (size_t i = 0; i < tiles_.size(); ++i) {
+    split += tiles_[i].blocks() * shape_.kv_heads;
+    alone &= i == 0 || tiles_[i].slot != tiles_[i - 1].slot;
+  }
+  bool whole =
+      pool_.threads() == 1 || split == items || count > kSplitTokens || items >= kItemsPerThread * pool_.threads();
   Output output = {out, out_row};
-  for (const Tile &tile : tiles_) split += tile.blocks() * shape_.kv_heads;
-  if (pool_.threads() == 1 || split == items || count > kSplitTokens || items >= kItemsPerThread * pool_.threads()) {
+  pool_.each(items, [&](int item, int thread) {
+    const Tile &tile = tiles_[item / shape_.kv_heads];
+    append(layer, tile, item % shape_.kv_heads, qkv, qkv_row, thread);
+    if (alone && whole) attend_tile(layer, tile, item % shape_.kv_heads, thread, output);
+  });
+  if (alone && whole) return in_range_;
+  if (whole) {
     pool_.each(items, [&](int item, int thread) {
       attend_tile(layer, tiles_[item / shape_.kv_heads], item % shape_.kv_heads, thread, output);
     });
   } else {
-    for (int item = 0; item < items; ++item) left_[item] = tiles_[item / shape_.kv_heads].blocks();
+    span_ = (split + kItemsPerThread * pool_.threads() - 1) / (kItemsPerThread * pool_.threads());
+    split = 0;
+    for (const Tile &tile : tiles_) split += spans(tile) * shape_.kv_heads;
+    for (int item = 0; item < items; ++item) left_[item] = spans(tiles_[item / shape_.kv_heads]);
     pool_.each(split, [&](int item, int thread) { attend_split(layer, item, thread, output); });
   }
   return in_range_;
@@ -136,16 +148,24 @@ int Attention::first_row(const Tile &tile, int block) const {
 }
 
 // The sums of one block for the rows that see it.
-void Attention::attend_block(int layer, const Tile &tile, int head, int block, int thread, const Sums &sums) {
+void Attention::attend_block(int layer, const Tile &tile, int head, int block, Span span, int thread,
+                             const Sums &sums) {
   int limits[kRowTile], start = block * kBlockPositions, rows = tile_rows(tile);
   BlockRows b = {};
   b.limits = limits;
   int positions = std::min(kBlockPositions, tile.position + tile.tokens - start);
   cache_.block(layer, tile.slot, head, block, positions, &scratch_[(size_t)thread * cache_.scratch_bytes()], &b);
+  if (cache_.form() != KvForm::rotor3) {
+    bool first = span.first == block, last = span.last == block;
+    b.fetch_with_keys = last ? nullptr : (const char *)b.keys + cache_.block_bytes();
+    b.fetch_with_values = last ? nullptr : (const char *)b.values + cache_.block_bytes();
+    if (first) b.fetch_with_keys = b.values;
+  }
   auto *kernel = cache_.integers() ? kernels_.int8 : cache_.form() == KvForm::f16 ? kernels_.f16 : kernels_.f32;
   for (int r = first_row(tile, block); r < rows; r += kRowTile) {
     size_t at = (size_t)query(tile, head) + r;
     b.rows = std::min(kRowTile, rows - r);
+    if (r > first_row(tile, block)) b.fetch_with_keys = b.fetch_with_values = nullptr;
     for (int i = 0; i < b.rows; ++i)
       limits[i] = std::min(kBlockPositions, tile.position + (r + i) / group_ + 1 - start);
     b.q = &queries_[at * width_];
@@ -166,9 +186,10 @@ Attention::Sums Attention::thread_sums(int thread, int which) {
 
 void Attention::attend_tile(int layer, const Tile &tile, int head, int thread, const Output &out) {
   Sums all = thread_sums(thread, 0), one = thread_sums(thread, 1);
-  attend_block(layer, tile, head, 0, thread, all);
+  Span span = {0, tile.blocks() - 1};
+  attend_block(layer, tile, head, 0, span, thread, all);
   for (int block = 1; block < tile.blocks(); ++block) {
-    attend_block(layer, tile, head, block, thread, one);
+    attend_block(layer, tile, head, block, span, thread, one);
     for (int r = first_row(tile, block); r < tile_rows(tile); ++r) kernels_.merge(row(all, r), row(one, r), width_);
   }
   finish(tile, head, all, thread, out);
@@ -180,14 +201,15 @@ Attention::Sums Attention::split_sums(const Tile &tile, int head, int block) {
   return {base + row, base + split_rows_ + row, base + 2 * split_rows_ + row * width_};
 }
 
-// One block of a tile; whoever makes the last one merges them.
+// Some blocks of a tile; whoever makes the last one merges them.
 void Attention::attend_split(int layer, int item, int thread, const Output &out) {
-  int index = 0, head = 0;
-  while (item >= tiles_[index].blocks() * shape_.kv_heads) item -= tiles_[index++].blocks() * shape_.kv_heads;
+  int index = 0;
+  while (item >= spans(tiles_[index]) * shape_.kv_heads) item -= spans(tiles_[index++]) * shape_.kv_heads;
   const Tile &tile = tiles_[index];
-  head = item / tile.blocks();
-  int block = item % tile.blocks();
-  attend_block(layer, tile, head, block, thread, split_sums(tile, head, block));
+  int head = item / spans(tile), first = item % spans(tile) * span_, block;
+  Span span = {first, std::min(first + span_, tile.blocks()) - 1};
+  for (block = span.first; block <= span.last; ++block)
+    attend_block(layer, tile, head, block, span, thread, split_sums(tile, head, block));
   if (left_[index * shape_.kv_heads + head].fetch_sub(1) != 1) return;
   Sums all = split_sums(tile, head, 0);
   for (block = 1; block < tile.blocks(); ++block) {

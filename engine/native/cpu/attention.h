@@ -42,6 +42,10 @@ class Attention {
     float *out;
     int row;
   };
+  // Blocks that one thread walks after one another.
+  struct Span {
+    int first, last;
+  };
   // A place for one query's sums.
   struct Sums {
     float *tops, *totals, *sums;
@@ -52,12 +56,13 @@ class Attention {
   bool take(const float *in, float *wide) const;
   void put_query(int at, float *q);
   int first_row(const Tile &tile, int block) const;
-  void attend_block(int layer, const Tile &tile, int head, int block, int thread, const Sums &sums);
+  void attend_block(int layer, const Tile &tile, int head, int block, Span span, int thread, const Sums &sums);
   void attend_tile(int layer, const Tile &tile, int head, int thread, const Output &out);
   void attend_split(int layer, int item, int thread, const Output &out);
   void finish(const Tile &tile, int head, const Sums &sums, int thread, const Output &out);
   Partial row(const Sums &sums, int r) const { return {sums.tops + r, sums.totals + r, sums.sums + (size_t)r * width_}; }
   int query(const Tile &tile, int head) const { return (head * shape_.chunk + tile.first) * group_; }
+  int spans(const Tile &tile) const { return (tile.blocks() + span_ - 1) / span_; }
   int tile_rows(const Tile &tile) const { return tile.tokens * group_; }
   Sums thread_sums(int thread, int which);
   Sums split_sums(const Tile &tile, int head, int block);
@@ -71,7 +76,7 @@ class Attention {
   const float scale_;
   std::vector<int> sorted_;  // the tokens of a run, by slot
   std::vector<Tile> tiles_;
-  int count_ = 0;
+  int count_ = 0, span_ = 1;
   std::atomic<bool> in_range_{true};
   Buffer<float> queries_;      // [kv head][token of sorted_][group][width]: scaled
   Buffer<int8_t> queries8_;    // the same of the integer forms

@@ -26,6 +26,8 @@ const int kRowTile = 4;
 // Up to kRowTile queries that share a KV head, and one block of its cache.
 struct BlockRows {
   int rows, head_dim, width;
+  // What to fetch into the cache meanwhile: as many bytes as this block's keys, and as its values; NULL: nothing.
+  const void *fetch_with_keys, *fetch_with_values;
   const int *limits;        // positions of the block that each row sees, 1 to 256
   const float *q;           // float forms: [rows][width], scaled
   const int8_t *q8;         // integer forms: [rows][width]

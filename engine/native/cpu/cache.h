@@ -36,6 +36,8 @@ class KvCache {
   // `scratch`, of scratch_bytes().
   void block(int layer, int slot, int head, int block, int positions, uint8_t *scratch, BlockRows *rows) const;
 
+  size_t block_bytes() const { return kBlockPositions / 16 * sixteen(); }  // of its keys, and of its values
+
   // Rotate a vector of width() elements as the keys and values are, and back (both times sqrt(head_dim) too long).
   void rotate(float *x) const;
   void rotate_back(float *x) const;
