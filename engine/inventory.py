@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +175,7 @@ def verify(directory: Path) -> Verdict:
         found.setdefault(name, problem)
     for name, problem in _inside(directory):
         found[name] = f"{found[name]}: {problem}" if name in found else problem
-    return Verdict(sorted(names - found.keys()), sorted(found.items()), _cure(directory))
+    return Verdict(sorted(names - found.keys()), sorted(found.items()), _cure(directory, set(found)))
 
 
 def _against_description(directory: Path, names: set[str]) -> Iterator[tuple[str, str]]:
@@ -221,8 +222,11 @@ def _inside(directory: Path) -> Iterator[tuple[str, str]]:
         yield name, f"has {size} tokens, and the model {vocabulary}: it is another model's"
 
 
-def _cure(directory: Path) -> str:
+def _cure(directory: Path, damaged: set[str]) -> str:
     """The command that brings the model back."""
+    kept = [path for path in _children(directory) if path.suffix in (".h1b", ".gguf")]
+    if len(kept) == 1 and damaged <= {PREPARED, SEAL}:
+        return f"make it anew from {kept[0].name}: halo model prepare {shlex.quote(str(directory))}"
     source = _source(directory)
     if source:
         return f"fetch it again: halo model pull {source} NEW_DIRECTORY"

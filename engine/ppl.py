@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engine.generate import TokenSession
-    from engine.tokenizer import Tokenizer
+    from engine.tokenizer import TextTokenizer
 
     Progress = Callable[[int, int], None]
 
@@ -168,7 +168,7 @@ def score(
     return Scores(tuple(nats), tuple(window.end - window.first for window in windows))
 
 
-def characters(tokenizer: Tokenizer, tokens: Iterable[int]) -> int:
+def characters(tokenizer: TextTokenizer, tokens: Iterable[int]) -> int:
     """Characters that begin in these tokens: their bytes that do not continue a UTF-8 character."""
     return sum(byte & 0xC0 != 0x80 for token in tokens for byte in tokenizer.token_bytes(token))
 

@@ -73,11 +73,14 @@ def unusable(path: Path, why: str) -> HaloError:
     return HaloError(f"halo cannot use the tokenizer {path}: {why}.", hint=_FETCH)
 
 
-def _missing(path: Path, library: str, error: ImportError) -> HaloError:
-    return HaloError(
-        f"The tokenizer {path} needs the library {library}, which is not installed.",
-        hint=f"{sys.executable} -m pip install --no-deps {library}",
-    )
+class LibraryMissing(HaloError):
+    """The library that reads a tokenizer's file is not installed."""
+
+    def __init__(self, path: Path, library: str) -> None:
+        super().__init__(
+            f"The tokenizer {path} needs the library {library}, which is not installed.",
+            hint=f"{sys.executable} -m pip install --no-deps {library}",
+        )
 
 
 def well_formed(text: str) -> str:
@@ -144,7 +147,7 @@ class SentencePieceTokenizer(TextTokenizer):
         try:
             import sentencepiece
         except ImportError as error:
-            raise _missing(path, "sentencepiece", error) from error
+            raise LibraryMissing(path, "sentencepiece") from error
         self._path = path
         try:
             self._library: Any = sentencepiece.SentencePieceProcessor(model_proto=raw)
@@ -192,7 +195,7 @@ def _open_library(path: Path, raw: bytes) -> _Hf:
     try:
         import tokenizers
     except ImportError as error:
-        raise _missing(path, "tokenizers", error) from error
+        raise LibraryMissing(path, "tokenizers") from error
     try:
         library: Any = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
         library.no_truncation()

@@ -165,17 +165,20 @@ def _check_same(
     """
     ranks = {token: i for i, token in enumerate(tokens) if token and i not in special}
     listed = {(tokens[left], tokens[right]) for left, right, _ in merges}
+    made = {tokens[merged] for _, _, merged in merges}
     if sum(len(token) ** 2 for token in ranks) > MAX_WORK:
         raise _refused(path, "its tokens are longer than any language's")
     for token, rank in ranks.items():
         if len(token) == 1:
             continue
         parts = _parts_below(token, ranks, rank)
+        if token not in made and not ignore_merges:
+            raise _refused(path, f"no merge makes its token {rank}")
         if len(parts) == 2:
             if tuple(parts) not in listed:
                 raise _refused(path, f"its merges do not list the parts of token {rank}")
         elif not ignore_merges:
-            raise _refused(path, f"no merge makes its token {rank}")
+            raise _refused(path, f"its merges never come to token {rank}")
         elif len(_parts_below(token, ranks, len(tokens))) < 3:
             raise _refused(path, f"its token {rank} is merged out of turn")
 

@@ -19,7 +19,7 @@ from engine.formats.hf_tokenizer import MAX_TOKENIZER, read_tokenizer
 from engine.formats.htok import Vocabulary, write_htok
 from engine.tokenizer import TextTokenizer, Tokenizer
 from engine.tokenizer_facts import TEMPLATE_FILE, TokenizerFacts, read_template
-from engine.tokenizer_library import load_library_tokenizer, read_bounded
+from engine.tokenizer_library import LibraryMissing, load_library_tokenizer, read_bounded
 
 JSON: Final = "tokenizer.json"
 MODEL: Final = "tokenizer.model"
@@ -145,8 +145,17 @@ def _by_library(
     bare = TokenizerFacts(size, config.bos or 0, config.eos or config.bos or 0, (), ())
     try:
         tokenizer = load_library_tokenizer(directory, bare)
+    except LibraryMissing as error:
+        if not (directory / JSON).exists():
+            raise
+        raise HaloError(
+            f"{reason.message.rstrip('.')}; the library tokenizers, which reads it, is not installed.",
+            hint=error.hint,
+        ) from error
     except HaloError as error:
-        raise HaloError(f"{reason.message} {error.message}", hint=error.hint) from error
+        if (directory / JSON).exists():
+            raise reason from error
+        raise
     named = {name: _named(tokenizer, said[CONFIG], name) for name in ("bos", "eos")}
     eos = config.eos if config.eos is not None else named["eos"]
     bos = config.bos if config.bos is not None else named["bos"]

@@ -181,7 +181,7 @@ def test_without_its_library_a_tokenizer_is_one_sentence_and_a_command(tmp_path,
         write_checkpoint(folder, falcon(), bos_token="<|end_of_text|>", eos_token="<|end_of_text|>")
     else:
         (folder / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(HaloError, match=f"needs the library {library_name}, which is not installed") as info:
+    with pytest.raises(HaloError, match=f"library {library_name},? which .*is not installed") as info:
         tokenizer_files(folder, config(1000, 1, 2))
     assert "pip install" in info.value.hint and library_name in info.value.hint
 
