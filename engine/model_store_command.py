@@ -194,6 +194,9 @@ def run_list(args: Namespace) -> int:
         ]  # fmt: skip
 
     rows = [row(model) for model in models]
+    for model in models:
+        if model.problem:
+            print(_clean(model.problem), file=sys.stderr)
     if not sys.stdout.isatty():
         for cells in rows:
             print("\t".join(map(_clean, cells)))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -108,23 +109,17 @@ def _again(retry: Retry, progress: Progress, action: Callable[[], T]) -> T:
 @contextlib.contextmanager
 def _held(directory: Path, wish: Wish, endpoint: str) -> Iterator[str | None]:
     """The directory, for this process alone; the commit that an earlier run of the same wish resolved."""
+    made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        strange = [path for path in directory.iterdir() if path.name not in (RECORD, f"{RECORD}.lock")]
-        recorded = _read_record(directory / RECORD)
-        if recorded is None and strange:
-            raise HaloError(
-                f"{directory} has files that no pull put there.", hint="name a directory that does not exist"
-            )
-        wished = [endpoint, wish.repo, wish.revision, wish.file]
-        if recorded is not None and [recorded[key] for key in _WISH] != wished:
-            raise HaloError(
-                f"{directory} has a pull of {recorded['repo']} at {recorded['revision']} in it.",
-                hint=f"take another directory, or remove that one: rm -r {directory}",
-            )
-        with (directory / f"{RECORD}.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield None if recorded is None else str(recorded["commit"])
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield _earlier(directory, wish, endpoint)
+        finally:
+            os.close(descriptor)
+            if made and not any(directory.iterdir()):
+                directory.rmdir()  # it came to nothing: the hub was not even reached
     except BlockingIOError as error:
         raise HaloError(f"Another pull works in {directory}.", hint="wait until it has ended") from error
     except OSError as error:
@@ -136,6 +131,23 @@ def _held(directory: Path, wish: Wish, endpoint: str) -> Iterator[str | None]:
 _WISH: Final = ("endpoint", "repo", "revision", "file")
 
 
+def _earlier(directory: Path, wish: Wish, endpoint: str) -> str | None:
+    """The commit in pull.json, if that is of the same wish; HaloError where other things lie there."""
+    recorded = _read_record(directory / RECORD)
+    if recorded is None:
+        if any(directory.iterdir()):
+            raise HaloError(
+                f"{directory} has files that no pull put there.", hint="name a directory that does not exist"
+            )
+        return None
+    if [recorded[key] for key in _WISH] != [endpoint, wish.repo, wish.revision, wish.file]:
+        raise HaloError(
+            f"{directory} has a pull of {recorded['repo']} at {recorded['revision']} in it.",
+            hint=f"take another directory, or remove that one: rm -r {shlex.quote(str(directory))}",
+        )
+    return str(recorded["commit"])
+
+
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_bytes())
@@ -145,7 +157,9 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         data = None
     commit = data.get("commit") if isinstance(data, dict) else None
     if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit) or not set(_WISH) <= set(data):
-        raise HaloError(f"{path} is damaged.", hint=f"remove it and what lies beside it: rm -r {path.parent}")
+        raise HaloError(
+            f"{path} is damaged.", hint=f"remove its directory: rm -r {shlex.quote(str(path.parent))}"
+        )
     return dict(data)
 
 

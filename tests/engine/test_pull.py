@@ -89,7 +89,7 @@ def fetch(hub: Hub, place: Path, told: Told | None = None, token: str = "", **mo
 
 
 def assert_whole(place: Path, files: dict[str, bytes] = FILES, wanted: set[str] = WANTED) -> None:
-    assert {path.name for path in place.iterdir()} - {RECORD, f"{RECORD}.lock"} == wanted
+    assert {path.name for path in place.iterdir()} - {RECORD} == wanted
     for name in wanted:
         assert (place / name).read_bytes() == files[name]
 
@@ -340,9 +340,10 @@ def test_a_refusal_says_what_a_person_can_do(hub, tmp_path, number):
     fault, words, hint = REFUSALS[number]
     hub.faults["main"] = [fault] * 9
     with pytest.raises(HaloError, match=words) as info:
-        fetch(hub, tmp_path, token=TOKEN)
+        fetch(hub, tmp_path / "m", token=TOKEN)
     assert hint in info.value.hint and TOKEN not in str(info.value)
     assert len(hub.faults["main"]) == 8, "not asked twice"
+    assert not list(tmp_path.iterdir()), "nothing was fetched, so nothing is left"
 
 
 def test_a_commit_that_is_asked_for_is_the_one_that_comes(hub, tmp_path):
@@ -371,7 +372,7 @@ def test_a_name_that_leads_out_is_refused(hub, tmp_path, name):
     hub.listing = [entry(path, data, False) for path, data in FILES.items()] + [entry(name, b"evil", False)]
     with pytest.raises(HaloError, match="with the name"):
         fetch(hub, tmp_path / "m")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["m", RECORD, f"{RECORD}.lock"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["m", RECORD]
 
 
 LISTINGS = st.recursive(
