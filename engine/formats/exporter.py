@@ -77,15 +77,24 @@ def export_model(
 
 
 def _write(opened: Source, files: list[Path], kind: str, options: ExportOptions) -> list[str]:
+    tokenizer = opened.tokenizer()
+    vocabulary = tokenizer.vocabulary
+    if vocabulary is None:
+        raise HaloError(
+            "Only a tokenizer of Llama-3's kind can be exported, and the model's is of another.",
+            hint="convert the checkpoint with the other program's own tools",
+        )
     if kind in H1B:
         from engine.formats.h1b import write_h1b
         from engine.formats.htok import write_htok
 
         write_h1b(files[0], opened.stream, H1B[kind])
-        write_htok(files[1], opened.vocabulary)
+        write_htok(files[1], vocabulary)
         return []
     from engine.formats.gguf_export import GgufOptions, export_gguf
 
     name = options.name or opened.name
-    given = GgufOptions(kind, options.embedding, options.architecture, options.exact, name, opened.template)
-    return export_gguf(files[0], opened.stream, opened.vocabulary, given)
+    given = GgufOptions(
+        kind, options.embedding, options.architecture, options.exact, name, tokenizer.template or ""
+    )
+    return export_gguf(files[0], opened.stream, vocabulary, given)

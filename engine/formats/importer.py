@@ -18,7 +18,6 @@ import numpy as np
 
 from engine.atomic import fsync_directory, replacing
 from engine.errors import HaloError
-from engine.formats.htok import Vocabulary, write_htok
 from engine.formats.prepared import prepare
 from engine.formats.sources import Source, open_source
 from engine.formats.store import PREPARED, read_description, seal
@@ -26,8 +25,8 @@ from engine.model import Layer, Model, ModelConfig, ModelStream
 
 if TYPE_CHECKING:
     from engine.formats.gguf_model import Activation
+    from engine.formats.tokenizer_files import TokenizerFiles
 
-TOKENIZER: Final = "tokenizer.htok"
 ORACLE_PARAMETERS: Final = 100_000_000
 GOLDEN_PROMPT: Final = "Once upon a time"
 GOLDEN_TOKENS: Final = 32
@@ -99,10 +98,7 @@ def prepare_directory(
     models = sorted(each for each in directory.iterdir() if each.suffix in (".h1b", ".gguf"))
     if len(models) > 1:
         raise HaloError(f"{directory} holds several model files.", hint="leave one of them there")
-    tokenizer = directory / TOKENIZER
-    opened = open_source(
-        models[0] if models else directory, tokenizer if tokenizer.is_file() else directory, activation
-    )
+    opened = open_source(models[0] if models else directory, None, activation)
     prepared = directory / PREPARED
     try:
         prepare(in_memory(watched(opened.stream, progress)), prepared)
@@ -127,20 +123,22 @@ def _name(source: Path, name: str | None) -> str:
 
 
 def _write(staging: Path, opened: Source, name: str, progress: Progress) -> ImportReport:
+    tokenizer = opened.tokenizer()  # first, since it may be refused, and the weights take long
     prepare(in_memory(watched(opened.stream, progress)), staging / PREPARED)
-    write_htok(staging / TOKENIZER, opened.vocabulary)
-    golden, notes = _golden(opened.stream, opened.vocabulary)
+    files = [PREPARED, *tokenizer.write(staging)]
+    golden, notes = _golden(opened.stream, tokenizer)
     description = {
         "schema": 1,
         "name": name,
-        "files": {file: _facts(staging / file) for file in (PREPARED, TOKENIZER)},
-        "chat_template": "bitnet",
+        "files": {file: _facts(staging / file) for file in files},
+        "chat_template": tokenizer.chat_template,
+        "tokenizer": tokenizer.facts.to_json(),
         "context": opened.stream.config.max_seq_len,
         "golden": golden,
         "licence": "see the model's own",
-        "source": {"format": opened.format, "files": _hashes(opened.files, progress)},
+        "source": {"format": opened.format, "files": _hashes(opened.files | tokenizer.read, progress)},
     }
-    notes = [*opened.notes(), *notes, *_template_notes(opened.template)]
+    notes = [*opened.notes(), *notes, *tokenizer.notes]
     (staging / "model.json").write_bytes(_json(description))
     return ImportReport(staging, description, notes)
 
@@ -172,30 +170,20 @@ def _parameters(c: ModelConfig) -> int:
     return c.vocab_size * c.hidden_size + c.num_layers * sum(rows * cols for _, rows, cols in c.projections())
 
 
-def _golden(stream: ModelStream, vocabulary: Vocabulary) -> tuple[list[dict[str, Any]], list[str]]:
+def _golden(stream: ModelStream, files: TokenizerFiles) -> tuple[list[dict[str, Any]], list[str]]:
     """Greedy ids by the oracle, where the model is small enough for it; else none, and a sentence."""
-    from engine.chat import stop_ids
     from engine.reference import Reference
-    from engine.tokenizer import Tokenizer
 
     size = _parameters(stream.config)
     if size >= ORACLE_PARAMETERS:
         return [], [f"No golden tokens: the oracle is too slow for {size / 1e6:.0f} M parameters."]
-    tokenizer = Tokenizer(vocabulary)
-    prompt = [vocabulary.bos, *tokenizer.encode(GOLDEN_PROMPT)]
+    prompt = [*files.facts.opening, *files.tokenizer.encode(GOLDEN_PROMPT)]
     count = min(GOLDEN_TOKENS, stream.config.max_seq_len - len(prompt))
     if count < 1:
         return [], ["No golden tokens: the context is too short for a prompt."]
     ids = Reference(in_memory(stream)).greedy(prompt, count)
-    end = next((i for i, token in enumerate(ids) if token in stop_ids(tokenizer)), count - 1)
+    end = next((i for i, token in enumerate(ids) if token in files.facts.stops), count - 1)
     return [{"prompt": GOLDEN_PROMPT, "prompt_ids": prompt, "ids": ids[: end + 1]}], []
-
-
-def _template_notes(template: str) -> list[str]:
-    """A sentence where the source carries a chat template that does not look like ours."""
-    if template and not all(word in template for word in ("capitalize", "<|eot_id|>")):
-        return ["The checkpoint has a chat template of its own; halo uses its template bitnet instead."]
-    return []
 
 
 def _hashes(files: dict[str, Path], progress: Progress) -> dict[str, Any]:

@@ -7,32 +7,33 @@ exporter.py do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from engine.errors import HaloError
-from engine.formats.htok import Vocabulary, read_htok
 from engine.model import ModelConfig, ModelStream
 
 if TYPE_CHECKING:
     from engine.formats.gguf_model import Activation
+    from engine.formats.tokenizer_files import TokenizerFiles
 
-MAX_TEMPLATE: Final = 1 << 20
 _WHAT: Final = "give a checkpoint's folder (with config.json), a .gguf or a .h1b file, or a model directory"
 _GIVE: Final = "give it with --tokenizer: a .htok file, or the folder of the model's checkpoint"
 
 
 @dataclass
 class Source:
-    """An opened model. `files` are what was read, by the name to record; `notes()` after the last pass."""
+    """An opened model. `tokenizer()` reads and checks its tokenizer; `notes()` is complete after a pass.
+
+    `files` are the files that it comes from, by the name to record, without those of the tokenizer.
+    """
 
     format: str
     stream: ModelStream
-    vocabulary: Vocabulary
+    tokenizer: Callable[[], TokenizerFiles]
     files: dict[str, Path]
     notes: Callable[[], list[str]] = field(default=lambda: [])
-    template: str = ""
     name: str = "model"
 
 
@@ -78,19 +79,21 @@ def _open_directory(path: Path, tokenizer: Path | None, activation: Activation |
 
 def _open_checkpoint(path: Path, tokenizer: Path | None) -> Source:
     from engine.formats.hf import open_checkpoint
-    from engine.formats.hf_tokenizer import read_tokenizer
 
     checkpoint = open_checkpoint(path)
-    files = {name: path / name for name in checkpoint.files}
-    if tokenizer is None:
-        vocabulary = read_tokenizer(path, checkpoint.config)
-        files["tokenizer.json"] = path / "tokenizer.json"
-    else:
-        vocabulary = read_vocabulary(tokenizer, checkpoint.stream.config)
-    template = _template_of(path)
-    name = path.resolve().name
+
+    def own() -> TokenizerFiles:
+        from engine.formats.tokenizer_files import tokenizer_files
+
+        return tokenizer_files(path, checkpoint.config)
+
     return Source(
-        "huggingface", checkpoint.stream, vocabulary, files, lambda: checkpoint.notes, template, name
+        "huggingface",
+        checkpoint.stream,
+        own if tokenizer is None else lambda: given_tokenizer(tokenizer, checkpoint.stream.config),
+        {name: path / name for name in checkpoint.files},
+        lambda: checkpoint.notes,
+        path.resolve().name,
     )
 
 
@@ -100,28 +103,35 @@ def _open_gguf(path: Path, tokenizer: Path | None, activation: Activation | None
 
     model = open_gguf(path, activation)
     config, metadata = model.stream.config, model.file.metadata
-    if tokenizer is None:
-        vocabulary, notes = gguf_vocabulary(model.file, config.vocab_size)
-    else:
-        ends = {which: metadata.get(f"{PREFIX}{which}_token_id") for which in ("bos", "eos")}
-        vocabulary, notes = read_vocabulary(tokenizer, config, ends), []
     template, name = metadata.get("tokenizer.chat_template"), metadata.get("general.name")
+    ends = {which: metadata.get(f"{PREFIX}{which}_token_id") for which in ("bos", "eos")}
+
+    def own() -> TokenizerFiles:
+        from engine.formats.tokenizer_files import vocabulary_files
+
+        vocabulary, notes = gguf_vocabulary(model.file, config.vocab_size)
+        files = vocabulary_files(vocabulary, template if isinstance(template, str) and template else None)
+        return replace(files, notes=[*notes, *files.notes])
+
     return Source(
-        "gguf", model.stream, vocabulary, {path.name: path},
-        lambda: [*model.form_notes(), *model.notes, *notes],
-        template if isinstance(template, str) else "",
+        "gguf",
+        model.stream,
+        own if tokenizer is None else lambda: given_tokenizer(tokenizer, config, ends),
+        {path.name: path},
+        lambda: [*model.form_notes(), *model.notes],
         name if isinstance(name, str) and name else path.stem,
-    )  # fmt: skip
+    )
 
 
 def _open_h1b(path: Path, tokenizer: Path | None) -> Source:
     from engine.formats.h1b import stream_h1b
 
     stream = stream_h1b(path)
-    beside = _beside(path, tokenizer)
-    vocabulary = read_vocabulary(beside, stream.config)
-    files = {path.name: path} | ({beside.name: beside} if beside.is_file() else {})
-    return Source("h1b", stream, vocabulary, files, name=path.stem)
+
+    def own() -> TokenizerFiles:
+        return given_tokenizer(tokenizer or _beside(path), stream.config)
+
+    return Source("h1b", stream, own, {path.name: path}, name=path.stem)
 
 
 def _open_prepared(path: Path, tokenizer: Path | None) -> Source:
@@ -130,51 +140,41 @@ def _open_prepared(path: Path, tokenizer: Path | None) -> Source:
     raise HaloError(f"{path} is a prepared model, and nothing lies beside that it was made from.", hint=_WHAT)
 
 
-def _beside(path: Path, tokenizer: Path | None) -> Path:
-    """The tokenizer that was given, or the one that lies beside a model file."""
-    if tokenizer is not None:
-        return tokenizer
-    for name in ("tokenizer.htok", f"{path.stem}.htok"):
+def _beside(path: Path) -> Path:
+    """The tokenizer that lies beside a model file."""
+    for name in ("tokenizer.htok", f"{path.stem}.htok", "tokenizer.json", "tokenizer.model"):
         if (path.parent / name).is_file():
             return path.parent / name
     raise HaloError(f"No tokenizer lies beside {path}.", hint=_GIVE)
 
 
-def read_vocabulary(path: Path, config: ModelConfig, ends: Mapping[str, object] | None = None) -> Vocabulary:
-    """A tokenizer by itself: a .htok file, a tokenizer.json, or the folder that has one.
+def given_tokenizer(
+    path: Path, config: ModelConfig, ends: Mapping[str, object] | None = None
+) -> TokenizerFiles:
+    """A tokenizer by itself: a .htok file, a tokenizer.json or tokenizer.model, or the folder that has one.
 
     `ends` are the ids of bos and eos where the model's own file says them. Raises HaloError where it is of
     another size than the model.
     """
     from engine.formats.hf_config import FAMILIES, HfConfig
-    from engine.formats.hf_tokenizer import read_tokenizer
+    from engine.formats.htok import read_htok
+    from engine.formats.tokenizer_files import checkpoint_template, tokenizer_files, vocabulary_files
 
-    if path.is_file() and path.suffix != ".json":
+    if path.is_file() and path.name not in ("tokenizer.json", "tokenizer.model"):
         vocabulary = read_htok(path)
         if len(vocabulary.tokens) != config.vocab_size:
             raise HaloError(
                 f"The tokenizer {path} has {len(vocabulary.tokens)} tokens, the model {config.vocab_size}.",
                 hint=_GIVE,
             )
-        return vocabulary
+        files = vocabulary_files(vocabulary, checkpoint_template(path.parent))
+        return replace(files, read={path.name: path})
     folder = path.parent if path.is_file() else path
-    if not (folder / "tokenizer.json").is_file():
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise HaloError(f"There is no tokenizer at {path}.", hint=_GIVE)
     bos, eos = ((ends or {}).get(which) for which in ("bos", "eos"))
     plain = HfConfig(
         config, "none", False,
         bos if type(bos) is int else None, eos if type(eos) is int else None, FAMILIES["LlamaForCausalLM"],
     )  # fmt: skip
-    return read_tokenizer(folder, plain)
-
-
-def _template_of(folder: Path) -> str:
-    """The chat template that a folder carries: its own file, or the text in tokenizer_config.json."""
-    from engine.formats.hf_config import read_object
-    from engine.formats.hf_tokenizer import MAX_TOKENIZER
-
-    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if own.is_file() and own.stat().st_size <= MAX_TEMPLATE:
-        return own.read_text("utf-8", "replace")
-    template = read_object(config, MAX_TOKENIZER).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else ""
+    return tokenizer_files(folder, plain)

@@ -306,12 +306,13 @@ def test_bos_and_eos_may_come_from_the_tokenizers_own_file(tmp_path: Path, truth
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE, **changes)
     with pytest.raises(HaloError, match="nothing names its bos"):
         import_model(source, tmp_path / "out")
-    texts = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>"}
-    (source / "tokenizer_config.json").write_text(json.dumps(texts | {"chat_template": "{{ other }}"}))
+    texts: dict[str, Any] = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>"}
+    texts |= {"chat_template": "{{ messages[0].content }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(texts))
     report = import_model(source, tmp_path / "out")
     vocabulary = read_htok(tmp_path / "out" / "tokenizer.htok")
     assert (vocabulary.bos, vocabulary.eos) == (262, 263)
-    assert "chat template of its own" in report.notes[-1]
+    assert report.description["chat_template"] == "jinja"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -490,13 +491,16 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_another_tokenizer_is_refused_with_the_reason(tmp_path: Path, truth: Truth, case: str) -> None:
+def test_another_tokenizer_is_not_made_a_htok(tmp_path: Path, truth: Truth, case: str) -> None:
     """Ids other than the library's give text that reads well and is wrong."""
+    from engine.formats.hf_config import read_config
+    from engine.formats.hf_tokenizer import read_tokenizer
+
     edit, why = TOKENIZERS[case]
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE)
     edited(source / "tokenizer.json", edit)
     with pytest.raises(HaloError, match=why):
-        import_model(source, tmp_path / "out")
+        read_tokenizer(source, read_config(source))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])

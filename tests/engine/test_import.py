@@ -239,7 +239,7 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, model: Model, name: str)
 
 
 def test_a_tokenizer_may_be_given(tmp_path: Path, model: Model) -> None:
-    """The file's own is of another kind, and the right one lies elsewhere: a file or a checkpoint's folder."""
+    """The file's own is of another kind, and the right one lies elsewhere: in a file, or in a folder."""
     source = gguf(tmp_path / "m.gguf", model, make.I2_S, **{"tokenizer__ggml__pre": "qwen2"})
     with pytest.raises(HaloError, match="qwen2") as caught:
         import_model(source, tmp_path / "out")
@@ -292,9 +292,19 @@ def test_an_activation_is_for_files_that_do_not_say_it(tmp_path: Path, model: Mo
             import_model(path, tmp_path / "out", activation="silu")
 
 
-def test_another_template_is_said(tmp_path: Path, model: Model) -> None:
-    source = gguf(tmp_path / "m.gguf", model, make.I2_S, tokenizer__chat_template="{{ other }}")
-    assert any("chat template" in note for note in import_model(source, tmp_path / "out").notes)
+def test_the_template_of_the_file_comes_over(tmp_path: Path, model: Model) -> None:
+    source = gguf(tmp_path / "m.gguf", model, make.I2_S, tokenizer__chat_template="{{ messages[0].content }}")
+    report = import_model(source, tmp_path / "out")
+    assert report.description["chat_template"] == "jinja"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert "chat_template.jinja" in report.description["files"]
+    check_open(tmp_path / "out")
+
+
+def test_model_json_says_what_the_tokenizers_file_does_not(truth: Path) -> None:
+    facts = read_description(truth)["tokenizer"]
+    assert (facts["size"], facts["bos"], facts["eos"]) == (272, 262, 263)
+    assert facts["opening"] == [262] and facts["stops"] == [261, 263]
 
 
 def test_the_inverse_scale_of_a_packed_checkpoint(tmp_path: Path, model: Model) -> None:
