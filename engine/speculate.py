@@ -27,7 +27,7 @@ LONGEST: Final = 16  # tokens by which matches are compared, and known apart in 
 MARGIN: Final = 1.05  # drafts must win by so much: below it, measuring noise would decide
 HOPE: Final = 0.05  # of a plain step: what one more draft is taken to cost until that is measured
 SAMPLES: Final = 5
-RENEW: Final = 8  # steps for which a curve is good
+RENEW: Final = 32  # steps for which a curve is good
 PROBE_FIRST: Final = 256  # steps between two looks at costs that were found too high
 PROBE_LAST: Final = 4096
 PROBE_HOPE: Final = 0.15  # as HOPE, for those looks: short drafts unless they are nearly certain
@@ -154,14 +154,12 @@ FORGET: Final = 0.97  # a request's text changes its nature: the last 33 tokens 
 class Acceptance:
     """How often the token after a match of some length is the model's, as counted of late.
 
-    An engine has one over its requests; that of a request begins where it stands, and goes its own way.
+    That of a request begins with the shares of the one before, and goes its own way.
     """
 
-    def __init__(self, before: Acceptance | None = None) -> None:
-        shares = before.shares() if before else _PRIOR
+    def __init__(self, shares: Sequence[float] = _PRIOR) -> None:
         self._right = [share * PRIOR_WEIGHT for share in shares]
         self._tried = [PRIOR_WEIGHT] * len(_PRIOR)
-        self._before = before
 
     def shares(self) -> list[float]:
         """The share that was right, by class of match."""
@@ -172,8 +170,11 @@ class Acceptance:
         group = _CLASS[min(length, LONGEST)]
         self._right[group] = self._right[group] * FORGET + right
         self._tried[group] = self._tried[group] * FORGET + 1.0
-        if self._before:
-            self._before.learn(length, right)
+
+    def next(self, length: int) -> float:
+        """The chance of the first draft after a match of `length` tokens."""
+        group = _CLASS[min(length, LONGEST)]
+        return self._right[group] / self._tried[group]
 
     def ahead(self, length: int, count: int) -> list[float]:
         """The chance of each of `count` drafts, given that those before it are right: the match grows."""
@@ -197,6 +198,12 @@ def best_count(costs: Sequence[float], chances: Sequence[float]) -> int:
     return best
 
 
+def least_chance(costs: Sequence[float]) -> float:
+    """The chance of the first draft below which none can pay, were all others certain."""
+    ways = ((MARGIN * costs[m] / costs[0] - 1.0) / m for m in range(1, len(costs)))
+    return min(ways, default=1.0)
+
+
 class Costs:
     """Seconds of a step by its number of drafts: the median of the last few, and a guess where none was.
 
@@ -208,7 +215,8 @@ class Costs:
 
     def __init__(self, limit: int) -> None:
         self._samples: list[deque[float]] = [deque(maxlen=SAMPLES) for _ in range(limit + 1)]
-        self._curve: list[float] | None = None
+        self._curve: list[float] = []
+        self._least = 0.0
         self._steps = 0
         self._widest = 0
         self._wait = PROBE_FIRST
@@ -221,14 +229,17 @@ class Costs:
         samples.append(seconds)
         self._steps += 1
         if len(samples) < SAMPLES or self._steps % RENEW == 0:
-            self._curve = None
+            medians = [sorted(some)[len(some) // 2] if some else 0.0 for some in self._samples]
+            self._curve = fill_curve(medians)
+            self._least = least_chance(self._curve)
 
     def curve(self) -> list[float]:
         """Seconds for 0, 1, ... drafts; empty before a plain step was measured."""
-        if self._curve is None:
-            medians = [sorted(some)[len(some) // 2] if some else 0.0 for some in self._samples]
-            self._curve = fill_curve(medians)
         return self._curve
+
+    def hopeless(self, chance: float) -> bool:
+        """Whether no drafts can pay whose first has this chance: where they do not, little is done."""
+        return chance < self._least and self._steps < self._next_probe
 
     def count(self, chances: Sequence[float]) -> int:
         """How many drafts of these chances to verify; now and then, what would pay if it were cheap."""
@@ -292,7 +303,8 @@ class Experience:
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
         """A new request's drafts."""
-        return Drafter(self.setting, self.costs, History(prompt_ids), Acceptance(self.acceptance))
+        self.acceptance = Acceptance(self.acceptance.shares())
+        return Drafter(self.setting, self.costs, History(prompt_ids), self.acceptance)
 
 
 @dataclass
@@ -323,5 +335,7 @@ class Drafter:
         if most <= 0 or not self.history.source:
             return []
         if self.setting.adaptive:
+            if self.costs.hopeless(self.acceptance.next(self.history.length)):
+                return []
             most = self.costs.count(self.acceptance.ahead(self.history.length, most))
         return self.history.draft(most) if most else []

@@ -36,6 +36,7 @@ from engine.speculate import (
     best_count,
     default_speculation,
     fill_curve,
+    least_chance,
     parse_speculation,
 )
 from tests.engine.server_fixtures import (
@@ -175,6 +176,8 @@ def test_the_choice_is_never_slower_than_a_plain_step_by_its_own_figures(costs, 
         reach *= chance
         expected += reach
     assert expected / costs[count] >= 1.0 / costs[0]
+    if chances and chances[0] < least_chance(costs) * (1 - 1e-9):
+        assert count == 0  # the short cut never cuts what pays
 
 
 def test_acceptance_is_learned_by_the_length_of_the_match_and_forgets():
