@@ -72,6 +72,8 @@ alignas(16) const uint8_t kCodes[32] = {0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08
                                         0x12, 0x14, 0x15, 0x16, 0x18, 0x19, 0x1a, 0x20, 0x21, 0x22, 0x24,
                                         0x25, 0x26, 0x28, 0x29, 0x2a, 0,    0,    0,    0,    0};
 
+const int kAhead = 8192;  // bytes: what one token's products read is fetched two pages before
+
 struct Tables {
   __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)kCodes));
   __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)kCodes + 1));
@@ -115,7 +117,7 @@ inline void half_tile(const uint8_t *codes, int chunks, const int32_t *x, int st
   for (int k = 0; k < kTokens; ++k) wide[k] = narrow[k] = _mm256_setzero_si256();
   for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk, x += 24 * stride) {
     for (int line = 0; kTokens == 1 && line < 5; ++line)
-      _mm_prefetch((const char *)codes + 2048 + 64 * line, _MM_HINT_T0);
+      _mm_prefetch((const char *)codes + kAhead + 64 * line, _MM_HINT_T1);
     __m256i fifth = load(codes + 256);
     step<0, kTokens>(codes, fifth, t, x, stride, narrow);
     step<1, kTokens>(codes, fifth, t, x, stride, narrow);
@@ -175,7 +177,7 @@ inline void coarse_half(const uint8_t *tiles, int chunks, const int32_t *x, int3
   __m256i sum[2 * kTokens];
   for (__m256i &s : sum) s = _mm256_setzero_si256();
   for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * kTokens) {
-    for (int line = 0; line < 3; ++line) _mm_prefetch((const char *)tiles + 3072 + 64 * line, _MM_HINT_T0);
+    for (int line = 0; line < 3; ++line) _mm_prefetch((const char *)tiles + kAhead + 64 * line, _MM_HINT_T1);
     __m256i u[4];
     levels(tiles, u);
     for (int g = 0; g < 4; ++g)

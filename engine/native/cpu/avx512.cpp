@@ -53,6 +53,8 @@ alignas(16) const uint8_t kCodes[32] = {0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08
                                         0x12, 0x14, 0x15, 0x16, 0x18, 0x19, 0x1a, 0x20, 0x21, 0x22, 0x24,
                                         0x25, 0x26, 0x28, 0x29, 0x2a, 0,    0,    0,    0,    0};
 
+const int kAhead = 8192;  // bytes: what one token's products read is fetched two pages before
+
 struct Tables {
   __m512i low = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)kCodes));
   __m512i high = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)kCodes + 1));
@@ -94,7 +96,7 @@ void ternary_one(const uint8_t *codes, int blocks, int chunks, const int32_t *x,
     __m512i sum[6];
     for (__m512i &s : sum) s = _mm512_setzero_si512();
     for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk) {
-      for (int line = 0; line < 5; ++line) _mm_prefetch((const char *)codes + 2048 + 64 * line, _MM_HINT_T0);
+      for (int line = 0; line < 5; ++line) _mm_prefetch((const char *)codes + kAhead + 64 * line, _MM_HINT_T1);
       __m512i fifth = _mm512_loadu_si512(codes + 256);
       const int32_t *group = x + 24 * c;
       step_one<0>(codes, fifth, t, group, sum);
@@ -143,6 +145,9 @@ inline void tile(const uint8_t *codes, int chunks, const int32_t *x, int32_t *su
   for (int b = 0; b < kBlocks; ++b)
     for (int k = 0; k < kTokens; ++k) sum[b][k] = _mm512_setzero_si512();
   for (int c = 0; c < chunks; ++c, codes += halo::kTernaryChunk, x += 24 * kTokens) {
+    for (int b = 0; b < kBlocks; ++b)  // the same place of the next blocks
+      for (int line = 0; line < 5; ++line)
+        _mm_prefetch((const char *)codes + (b + kBlocks) * block_bytes + 64 * line, _MM_HINT_T1);
     step<0, kBlocks, kTokens>(codes, block_bytes, t, x, sum);
     step<1, kBlocks, kTokens>(codes, block_bytes, t, x, sum);
     step<2, kBlocks, kTokens>(codes, block_bytes, t, x, sum);
@@ -174,7 +179,7 @@ void coarse_tile(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *su
     for (auto &token : parity)
       for (__m512i &s : token) s = _mm512_setzero_si512();
   for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * kTokens) {
-    for (int line = 0; line < 3; ++line) _mm_prefetch((const char *)tiles + 3072 + 64 * line, _MM_HINT_T0);
+    for (int line = 0; line < 3; ++line) _mm_prefetch((const char *)tiles + kAhead + 64 * line, _MM_HINT_T1);
     __m512i u[4];
     levels(tiles, u);
 #pragma GCC unroll 4

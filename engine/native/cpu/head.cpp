@@ -13,6 +13,7 @@ namespace {
 
 const int kBlocks = 16;  // blocks of 16 rows in one item of work
 const int kItemRows = kBlocks * kRows;
+const int kAtOnce = 4 * kCoarseTokens;  // tokens that share one pass over the head
 
 bool finite_bits(float x) {
   uint32_t bits;
@@ -31,12 +32,12 @@ Head::Head(const Model &model, const Kernels &kernels, Pool &pool)
       rows_(round_up(vocab_, kRows)),
       groups_(round_up(hidden_, kCoarseCols) / 4),
       items_((vocab_ + kItemRows - 1) / kItemRows),
-      packed_(kCoarseTokens, 2 * (size_t)groups_),
-      upper_(kCoarseTokens, (size_t)rows_),
-      tokens_(kCoarseTokens),
-      seen_((size_t)kCoarseTokens * items_),
-      threshold_(kCoarseTokens),
-      best_((size_t)items_, kItemRows),
+      packed_(kAtOnce, 2 * (size_t)groups_),
+      upper_(kAtOnce, (size_t)rows_),
+      tokens_(kAtOnce),
+      seen_((size_t)kAtOnce * items_),
+      threshold_(kAtOnce),
+      best_((size_t)items_, std::max(kItemRows, kAtOnce)),
       kept_((size_t)items_) {}
 
 bool Head::all(const float *x, int stride, int count, float *logits) {
@@ -61,7 +62,7 @@ float Head::exact(const float *x, int id) const {
 }
 
 // x as step * (256 high + low), in 16 bits, packed beside those of the other tokens; and what the bounds need of it.
-CoarseToken Head::coarse_token(const float *x, int t, int count) {
+CoarseToken Head::coarse_token(const float *x, int32_t *packed, int count) {
   float most = 0.0f;
   for (int i = 0; i < hidden_; ++i) most = std::max(most, fabsf(x[i]));
   float step = most > 1e-30f ? most / 32000.0f : 0.0f;  // without a step, the bounds say that nothing is known
@@ -77,7 +78,7 @@ CoarseToken Head::coarse_token(const float *x, int t, int count) {
     missed += miss * miss;
     token.high_sum += high;
     token.low_sum += low;
-    int8_t *group = (int8_t *)&packed_[(size_t)(2 * (i / 4)) * count + t];
+    int8_t *group = (int8_t *)&packed[(size_t)(2 * (i / 4)) * count];
     group[i % 4] = (int8_t)high;
     ((int8_t *)((int32_t *)group + count))[i % 4] = (int8_t)low;
   }
@@ -91,7 +92,11 @@ CoarseToken Head::coarse_token(const float *x, int t, int count) {
 
 // The bounds of every logit, and for each token a logit that is certain to be reached.
 void Head::look(const float *x, int stride, int count) {
-  for (int t = 0; t < count; ++t) tokens_[t] = coarse_token(x + (size_t)t * stride, t, count);
+  auto packed = [&](int first) { return &packed_[(size_t)first * 2 * groups_]; };
+  pool_.each(count, [&](int t, int) {
+    int first = t / kCoarseTokens * kCoarseTokens;
+    tokens_[t] = coarse_token(x + (size_t)t * stride, packed(first) + (t - first), std::min(kCoarseTokens, count - first));
+  });
   const Coarse &coarse = model_.coarse;
   int chunks = 4 * groups_ / kCoarseCols;
   pool_.each(items_, [&](int item, int) {
@@ -101,10 +106,14 @@ void Head::look(const float *x, int stride, int count) {
     for (int t = 0; t < count; ++t) seen_[(size_t)t * items_ + item] = {low, low, first};
     int32_t sums[kCoarseTokens * 32];
     for (int row = first; row < first + rows; row += kRows) {
-      kernels_.coarse(coarse.tiles + (size_t)(row / kRows) * chunks * kCoarseChunk, chunks, packed_.get(), count, sums);
-      for (int t = 0; t < count; ++t)
-        kernels_.coarse_bounds(sums + 32 * t, std::min(kRows, vocab_ - row), row, coarse.scale + row, coarse.error + row,
-                               coarse.norm + row, tokens_[t], &upper(t, row), &seen_[(size_t)t * items_ + item]);
+      const uint8_t *tiles = coarse.tiles + (size_t)(row / kRows) * chunks * kCoarseChunk;
+      for (int t = 0; t < count; ++t) {
+        if (t % kCoarseTokens == 0)
+          kernels_.coarse(tiles, chunks, packed(t), std::min(kCoarseTokens, count - t), sums);
+        kernels_.coarse_bounds(sums + 32 * (t % kCoarseTokens), std::min(kRows, vocab_ - row), row, coarse.scale + row,
+                               coarse.error + row, coarse.norm + row, tokens_[t], &upper(t, row),
+                               &seen_[(size_t)t * items_ + item]);
+      }
     }
   });
   for (int t = 0; t < count; ++t) raise(x + (size_t)t * stride, t);
@@ -134,8 +143,8 @@ Head::Best Head::best_of(const float *x, int t, int item) const {
 }
 
 bool Head::largest(const float *x, int stride, int count, int32_t *ids) {
-  for (int start = 0; start < count; start += kCoarseTokens) {
-    int some = std::min(kCoarseTokens, count - start);
+  for (int start = 0; start < count; start += kAtOnce) {
+    int some = std::min(kAtOnce, count - start);
     const float *rows = x + (size_t)start * stride;
     look(rows, stride, some);
     pool_.each(items_ * some, [&](int i, int) {

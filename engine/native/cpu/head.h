@@ -34,7 +34,7 @@ class Head {
   };
 
   void look(const float *x, int stride, int count);
-  CoarseToken coarse_token(const float *x, int t, int count);
+  CoarseToken coarse_token(const float *x, int32_t *packed, int count);
   float exact(const float *x, int id) const;
   Best best_of(const float *x, int t, int item) const;
   void raise(const float *x, int t);
@@ -50,7 +50,7 @@ class Head {
   std::vector<CoarseToken> tokens_;
   std::vector<CoarseBest> seen_;  // [token][item]
   std::vector<float> threshold_;  // a logit that is certain to be reached
-  Buffer<Best> best_;             // [item][row of it]
+  Buffer<Best> best_;             // [token][item], or [item][row of it]
   std::vector<int> kept_;         // of an item's rows
 };
 

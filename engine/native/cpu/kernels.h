@@ -41,7 +41,7 @@ struct Kernels {
 
   // sums[(block * tokens + t) * 16 + r] = sum over j of code[16 * block + r][j] * x[t][j], for `blocks` consecutive
   // blocks of `chunks` chunks. x is packed: four activations of group g of token t are the bytes of x[g * tokens + t],
-  // 24 groups a chunk. 4 KiB after the codes may be prefetched, not read.
+  // 24 groups a chunk. What follows the codes may be prefetched, not read.
   void (*ternary)(const uint8_t *codes, int blocks, int chunks, const int32_t *x, int tokens, int32_t *sums);
 
   // out[t * stride + r] = (float)(sums[t * 16 + r] - offset[t]) * weight_scale[r] / x_scale[t], or is added to out,
