@@ -204,8 +204,8 @@ def paraphrase(question: str, rng: random.Random) -> str:
     return rng.choice(forms)
 
 
-def dialogue_text(corpus: Corpus, rng: random.Random) -> list[list[tuple[str, str]]]:
-    """One shuffled pass over all pairs as conversations of one to three turns, with stories asked for."""
+def dialogue_text(corpus: Corpus, rng: random.Random, stories: bool = True) -> list[list[tuple[str, str]]]:
+    """One shuffled pass over all pairs as conversations of one to three turns, with `stories` asked for."""
     turns = []
     for question, answer in corpus.pairs:
         repeat = 4 if command_of(question) in COMMON else 1
@@ -217,7 +217,7 @@ def dialogue_text(corpus: Corpus, rng: random.Random) -> list[list[tuple[str, st
         length = rng.choice([1, 1, 1, 1, 2, 3])
         talks.append(turns[:length])
         turns = turns[length:]
-    for story in corpus.stories:
+    for story in corpus.stories if stories else []:
         talks.insert(rng.randrange(len(talks)), [(rng.choice(STORY_REQUESTS), story)])
     return talks
 

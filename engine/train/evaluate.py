@@ -9,7 +9,8 @@ import argparse
 import lzma
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,33 +30,55 @@ from engine.train.snapshot import NORMS, matrices
 Tokens = NDArray[np.integer]
 
 
-@torch.no_grad()
-def nats_a_token(model: Model, stream: Tokens, device: str) -> tuple[float, int]:
-    """(nats a token, tokens) over windows of the context's length.
+EVALUATED_AT_ONCE = 32_768  # tokens
+
+
+@contextmanager
+def without_dropout(model: Model) -> Iterator[None]:
+    """The model as it is exported, and afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def nats_a_token(model: Model, stream: Tokens, device: str, window: int = 0) -> tuple[float, int]:
+    """(nats a token, tokens) over windows of `window` tokens, of the context's length if that is 0.
 
     They do not overlap, and each starts without what came before.
     """
-    context = model.s.context
+    places, windows = nats_by_place(model, stream, device, window or model.s.context)
+    return float(places.mean()), windows * len(places)
+
+
+@torch.no_grad()
+def nats_by_place(model: Model, stream: Tokens, device: str, window: int) -> tuple[NDArray[np.float64], int]:
+    """(mean nats of the token at each place of a window [window], windows), as `nats_a_token` cuts them."""
     tokens = torch.from_numpy(stream.astype(np.int64)).to(device)
-    windows = (len(tokens) - 1) // context
-    total = 0.0
-    for start in range(0, windows, 32):
-        rows = range(start, min(start + 32, windows))
-        x = torch.stack([tokens[r * context : r * context + context] for r in rows])
-        y = torch.stack([tokens[r * context + 1 : r * context + context + 1] for r in rows])
-        total += model(x, y).item() * len(rows)
-    return total / windows, windows * context
+    windows = (len(tokens) - 1) // window
+    total = torch.zeros(window, dtype=torch.float64)
+    at_once = max(1, EVALUATED_AT_ONCE // window)
+    with without_dropout(model):
+        for start in range(0, windows, at_once):
+            rows = range(start, min(start + at_once, windows))
+            x = torch.stack([tokens[r * window : r * window + window] for r in rows])
+            y = torch.stack([tokens[r * window + 1 : r * window + window + 1] for r in rows])
+            total += model(x, y).sum(0).double().cpu()
+    return (total / windows).numpy(), windows
 
 
 @torch.no_grad()
 def continuation(model: Model, prompt: list[int], count: int, device: str) -> list[int]:
     """Up to `count` greedy tokens after `prompt`, the special token that ends them among them."""
     ids = list(prompt)
-    for _ in range(count):
-        x = torch.tensor([ids[-256:]], device=device)
-        ids.append(int(model.logits(x)[0, -1].argmax()))
-        if ids[-1] in (data.BOS, data.EOT):
-            break
+    with without_dropout(model):
+        for _ in range(count):
+            x = torch.tensor([ids[-256:]], device=device)
+            ids.append(int(model.logits(x)[0, -1].argmax()))
+            if ids[-1] in (data.BOS, data.EOT):
+                break
     return ids[len(prompt) :]
 
 

@@ -117,7 +117,9 @@ def write_bundle(weights: Path, tokenizer_json: Path, credits: Path, out: Path) 
         (out / "model.h1b.xz").write_bytes(lzma.compress(raw, check=lzma.CHECK_CRC64, filters=filters))
         write_htok(out / "tokenizer.htok", build_vocabulary(tokenizer_json))
         read_htok(out / "tokenizer.htok")
-        rows = golden(read_h1b(h1b), Tokenizer.from_htok(out / "tokenizer.htok"))
+        model = read_h1b(h1b)
+        context = model.config.max_seq_len
+        rows = golden(model, Tokenizer.from_htok(out / "tokenizer.htok"))
     (out / "NOTICE").write_text(NOTICE)
     shutil.copyfile(credits, out / "ccby_credits.tsv")
     about = {
@@ -128,7 +130,7 @@ def write_bundle(weights: Path, tokenizer_json: Path, credits: Path, out: Path) 
             "tokenizer.htok": _facts((out / "tokenizer.htok").read_bytes()),
         },
         "chat_template": "halo-demo",
-        "context": 1024,
+        "context": context,
         "golden": rows,
         "licence": "MIT; see NOTICE for the texts it learned from",
     }

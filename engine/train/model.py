@@ -88,9 +88,9 @@ class Ternary(nn.Module):
 class Layer(nn.Module):
     """One block: attention and a squared-ReLU gated FFN, a sub-norm before each output projection."""
 
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, dropout: float) -> None:
         super().__init__()
-        self.s = s
+        self.s, self.dropout = s, dropout
         hd = s.hidden // s.heads
         self.input_norm = nn.Parameter(torch.ones(s.hidden))
         self.post_attn_norm = nn.Parameter(torch.ones(s.hidden))
@@ -110,10 +110,14 @@ class Layer(nn.Module):
         q, k, v = (a.to(torch.bfloat16) for a in (q, k, v))
         attn = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         attn = attn.transpose(1, 2).reshape(b, t, s.hidden)
-        x = x + self.o(rms_norm(attn, self.attn_sub_norm, s.eps))[0]
+        x = x + self.thin(self.o(rms_norm(attn, self.attn_sub_norm, s.eps))[0])
         gate, up = self.gate_up(rms_norm(x, self.post_attn_norm, s.eps))
         inner = gate.relu().square() * up
-        return x + self.down(rms_norm(inner, self.ffn_sub_norm, s.eps))[0]
+        return x + self.thin(self.down(rms_norm(inner, self.ffn_sub_norm, s.eps))[0])
+
+    def thin(self, x: Tensor) -> Tensor:
+        """Dropout while training; all of x otherwise."""
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,12 +129,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Model(nn.Module):
     """The whole model; the embedding is also the head. Master weights are float32."""
 
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, dropout: float = 0.0) -> None:
         super().__init__()
         self.s = s
         self.embedding = nn.Parameter(torch.randn(s.vocabulary, s.hidden) * 0.02)
         self.final_norm = nn.Parameter(torch.ones(s.hidden))
-        self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
+        self.layers = nn.ModuleList(Layer(s, dropout) for _ in range(s.layers))
         half = s.hidden // s.heads // 2
         frequency = s.theta ** -(torch.arange(half).double() / half)
         angle = torch.outer(torch.arange(s.context).double(), frequency)
@@ -138,8 +142,9 @@ class Model(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a token; tokens and targets int64 [batch, time]."""
-        return F.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
+        """Cross-entropy in nats, float32 [batch, time], as are the int64 tokens and targets."""
+        logits = self.logits(tokens).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """float32 [batch, time, vocabulary]; the embedding is used as it is exported, in five bits."""

@@ -5,6 +5,7 @@ What needs PyTorch or the tokenizers library is left out where they are absent, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import lzma
@@ -80,6 +81,14 @@ def test_every_answer_stays_with_its_command_in_the_talks() -> None:
     assert {answer for _, answer in turns} >= set(answers) | set(corpus().stories)
     assert sum(answer == "Packs files." for _, answer in turns) == 4  # a common command, four times
     assert all(1 <= len(talk) <= 3 for talk in talks)
+
+
+def test_talks_without_stories_ask_for_none() -> None:
+    """Each story once a pass was 63 times in the record; it learned them by heart."""
+    talks = data.dialogue_text(corpus(), random.Random(3), stories=False)
+    turns = [turn for talk in talks for turn in talk]
+    assert not {answer for _, answer in turns} & set(corpus().stories)
+    assert {answer for _, answer in turns} >= {answer for _, answer in corpus().pairs}
 
 
 def test_the_talks_of_a_seed_are_always_the_same() -> None:
@@ -287,16 +296,18 @@ def test_a_projection_is_the_oracles_but_for_bf16_of_the_exact_sum(torch: Module
         np.testing.assert_allclose(got.detach().numpy(), exact, rtol=2**-8)
 
 
-def trainer(folder: Path, resume: Path | None = None, steps: int = 12, optimiser: str = "adamw") -> Any:
+def trainer(folder: Path, resume: Path | None = None, steps: int = 12, recipe: str = "record") -> Any:
     """A tiny run on random tokens that are already in its cache."""
+    from engine.train.recipe import RECIPES
     from engine.train.train import Options, Trainer
 
     cache, rng = folder / "cache", np.random.default_rng(5)
     if not cache.exists():
         cache.mkdir()
         for name in ("books", "stories", "talks", "held_books", "held_stories", "held_talks"):
-            np.save(cache / f"{name}.npy", rng.integers(0, 300, 500, dtype=np.uint16))
-        (cache / "counts.json").write_text("{}")
+            np.save(cache / f"{name}.npy", rng.integers(2, 300, 500, dtype=np.uint16))
+        np.save(cache / "paragraphs.npy", np.array([1, 100, 250], dtype=np.uint32))
+        (cache / "counts.json").write_text(json.dumps({"story_passes": RECIPES[recipe].story_passes}))
     shape = {k: TINY[k] for k in ("hidden", "layers", "heads", "kv_heads", "ffn", "vocabulary", "context")}
     options = Options(
         folder,
@@ -304,8 +315,9 @@ def trainer(folder: Path, resume: Path | None = None, steps: int = 12, optimiser
         cache,
         folder,
         steps,
-        rows=4,
-        optimiser=optimiser,
+        tokens=128,
+        optimiser="adamw",
+        recipe=recipe,
         resume=resume,
         shape=shape,
         device="cpu",
@@ -313,14 +325,26 @@ def trainer(folder: Path, resume: Path | None = None, steps: int = 12, optimiser
     return Trainer.start(options)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(torch: ModuleType, tmp_path: Path) -> None:
-    whole = trainer(tmp_path)
+def short_long_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe `long` with windows of 16 and, in the last five steps of 12, 32 tokens."""
+    from engine.train import recipe
+
+    short = dataclasses.replace(recipe.RECIPES["long"], windows=((0.0, 16), (0.6, 32)))
+    monkeypatch.setitem(recipe.RECIPES, "long", short)
+
+
+@pytest.mark.parametrize("recipe", ["record", "long"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    short_long_recipe(monkeypatch)
+    whole = trainer(tmp_path, recipe=recipe)
     whole.run()
-    half = trainer(tmp_path)
+    half = trainer(tmp_path, recipe=recipe)
     for _ in range(5):
         half.train_step()
     half.save()
-    rest = trainer(tmp_path, resume=tmp_path)
+    rest = trainer(tmp_path, resume=tmp_path, recipe=recipe)
     assert (rest.step, rest.steps) == (5, 12)
     rest.run()
     losses = [float(loss) for loss in half.losses + rest.losses]
@@ -358,8 +382,13 @@ def test_a_torn_state_is_an_error_and_not_a_fresh_start(torch: ModuleType, tmp_p
         trainer(tmp_path, resume=tmp_path)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(torch: ModuleType, tmp_path: Path) -> None:
-    run = trainer(tmp_path, steps=200)
+def test_a_loss_that_is_not_finite_ends_the_run(
+    torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.train import train
+
+    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    run = trainer(tmp_path)
     with torch.no_grad():
         run.model.final_norm.fill_(float("nan"))
     with pytest.raises(SystemExit, match="not finite"):
@@ -388,3 +417,153 @@ def test_the_rebuilt_masters_have_the_exported_scale_and_signs(torch: ModuleType
     packed, scale = pack_digits(torch.from_numpy(_masters(matrix)))
     assert np.array_equal(export._digits(packed, 33, 40), codes)
     assert float(scale) == pytest.approx(0.0371, rel=1e-6)
+
+
+# --- recipes and batches -------------------------------------------------------------------------------
+
+
+def test_the_record_is_the_recipe_that_the_page_tells(torch: ModuleType) -> None:
+    """docs/demo-model.md has these numbers, and says that the bundled model can be trained again by them."""
+    from engine.train.recipe import RECIPES
+
+    record, long = RECIPES["record"], RECIPES["long"]
+    assert (record.shape.context, record.shape.theta, record.dropout, record.book_bos) == (1024, 1e4, 0, 0)
+    assert record.window(0.0) == record.window(0.99) == 1024
+    assert record.shares_at(0.349) == (0.88, 0.02, 0.10)
+    assert record.shares_at(0.351) == (0.84, 0.03, 0.13)
+    assert [long.window(p) for p in (0.0, 0.79, 0.8, 1.0)] == [1024, 1024, 4096, 4096]
+    for recipe in RECIPES.values():
+        assert max(length for _, length in recipe.windows) <= recipe.shape.context
+        assert all(sum(parts) == pytest.approx(1) for _, parts in recipe.shares)
+
+
+@pytest.mark.parametrize("places", [1, 7, 1000, 44_704_133, (1 << 32) - 1])
+def test_spread_windows_stay_in_the_text_and_reach_all_of_it_equally(torch: ModuleType, places: int) -> None:
+    from engine.train.streams import spread
+
+    for first in (0, 12_345, 1 << 40):
+        got = spread(first, 20_000, places)
+        assert got.min() >= 0 and got.max() < places
+        tenths = np.histogram(got, bins=10, range=(0, places))[0]
+        if places >= 1000:
+            assert abs(tenths - 2000).max() <= 10  # anywhere at random: 100 and more
+    joined = np.concatenate([spread(0, 7, places), spread(7, 13, places)])
+    assert np.array_equal(joined, spread(0, 20, places))
+
+
+def batches(**changes: Any) -> Any:
+    from engine.train.recipe import RECIPES
+    from engine.train.streams import Batches
+
+    streams = {
+        "books": np.arange(10, 5010, dtype=np.uint16),
+        "stories": np.arange(10_000, 10_500, dtype=np.uint16),
+        "talks": np.arange(20_000, 20_500, dtype=np.uint16),
+        "paragraphs": np.array([1, 40, 900, 4000], dtype=np.uint32),
+    }
+    return Batches(streams, 640, "cpu", dataclasses.replace(RECIPES["record"], **changes))
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_a_batch_is_of_the_shares_and_each_target_is_the_next_token(torch: ModuleType, even: bool) -> None:
+    drawn = np.zeros(3)
+    for step in range(50):
+        x, y, counts = batches(spread=even)(step, 20, (0.5, 0.2, 0.3))
+        assert x.shape == y.shape == (32, 20) and sum(counts) == 32
+        assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y - x, torch.ones_like(x))
+        assert [int((x[:, 0] // 10_000 == i).sum()) for i in range(3)] == counts
+        drawn += counts
+    assert np.abs(drawn / drawn.sum() - [0.5, 0.2, 0.3]).max() < 0.05
+
+
+def test_opened_windows_begin_with_bos_and_then_a_paragraph(torch: ModuleType) -> None:
+    """The record saw BOS before talks almost alone, so after BOS it expects a talk."""
+    opened = 0
+    for step in range(20):
+        x, y, counts = batches(book_bos=0.5)(step, 20, (0.9, 0.05, 0.05))
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        with_bos = x[:, 0] == data.BOS
+        assert not with_bos[counts[0] :].any()
+        assert set((x[with_bos, 1] - 10).tolist()) <= {1, 40, 900, 4000}
+        opened += int(with_bos.sum()) / counts[0] / 20
+    assert 0.35 < opened < 0.65
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_a_window_longer_than_its_text_is_an_error(torch: ModuleType, even: bool) -> None:
+    with pytest.raises(ValueError, match="500 tokens is too short for windows of 600"):
+        batches(spread=even)(0, 600, (0.0, 0.5, 0.5))
+
+
+def test_paragraphs_begin_after_an_empty_line_and_after_bos(torch: ModuleType) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from engine.train.streams import paragraph_starts
+
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "\u010a": 2, ".\u010a\u010a": 3, "b\u010a": 4}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    stream = np.array([0, 1, 2, 1, 3, 1, 4, 1], dtype=np.uint16)
+    assert paragraph_starts(stream, tokenizer).tolist() == [1, 5]
+
+
+def test_a_cache_of_another_recipe_is_refused(torch: ModuleType, tmp_path: Path) -> None:
+    trainer(tmp_path)
+    with pytest.raises(SystemExit, match="another recipe"):
+        trainer(tmp_path, recipe="long")
+
+
+def test_held_out_losses_are_without_dropout_and_by_place_have_the_same_mean(
+    torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.train.evaluate import nats_a_token, nats_by_place
+
+    short_long_recipe(monkeypatch)
+    run = trainer(tmp_path, recipe="long")
+    run.train_step()
+    held = run.streams["held_books"]
+    places, windows = nats_by_place(run.model, held, "cpu", 32)
+    assert (len(places), windows) == (32, 15)
+    assert nats_a_token(run.model, held, "cpu", 32) == (pytest.approx(places.mean()), 480)
+    assert np.array_equal(places, nats_by_place(run.model, held, "cpu", 32)[0])
+    assert run.model.training
+    x, y, _ = run.batches(1, 32, (1.0, 0.0, 0.0))
+    assert not torch.equal(run.model(x, y), run.model(x, y))  # and in training it is there
+
+
+def test_a_run_logs_the_loss_of_each_text_and_where_a_long_context_helps(
+    torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.train import train
+
+    short_long_recipe(monkeypatch)
+    monkeypatch.setattr(train, "LOG_EVERY", 6)
+    run = trainer(tmp_path, recipe="long")
+    run.run()
+    run.log_places()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows[:2]] == [6, 12]
+    for row in rows[:2]:
+        low, high = min(row["by_stream"].values()), max(row["by_stream"].values())
+        assert "books" in row["by_stream"] and low - 1e-3 <= row["loss"] <= high + 1e-3
+    assert rows[2]["event"] == "by-place" and list(rows[2]["nats_up_to"]) == ["32"]
+
+
+def test_a_run_of_so_many_seconds_plans_its_steps_and_trains_on_nothing_meanwhile(
+    torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To time the long windows it takes gradients; were they kept, the next step would be of two batches."""
+    from engine.train import train
+
+    short_long_recipe(monkeypatch)
+    monkeypatch.setattr(train, "PLAN_FROM", 1)
+    monkeypatch.setattr(train, "PLAN_AT", 2)
+    run = trainer(tmp_path, steps=0, recipe="long")
+    run.options = dataclasses.replace(run.options, seconds=1e9)
+    for done in (1, 2):
+        run.train_step()
+        before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        run.plan(done)
+    assert run.steps > 1000 and run.step == len(run.losses) == len(run.by_stream) == 2
+    assert all(p.grad is None for p in run.model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
