@@ -304,7 +304,7 @@ def test_the_tokenizer_comes_over(tmp_path: Path, truth: Truth, as_text: bool) -
 def test_bos_and_eos_may_come_from_the_tokenizers_own_file(tmp_path: Path, truth: Truth) -> None:
     changes = {"bos_token_id": None, "eos_token_id": None}
     source = checkpoint(tmp_path / "tiny", truth.packed(), OFFLINE, **changes)
-    with pytest.raises(HaloError, match="nothing names its bos|Nothing in .* that ends a text"):
+    with pytest.raises(HaloError, match=r"nothing names its bos|Nothing in .* that ends a text"):
         import_model(source, tmp_path / "out")  # the second where the library that reads others is installed
     texts: dict[str, Any] = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>"}
     texts |= {"chat_template": "{{ messages[0].content }}"}
