@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ABI_VERSION: Final = 2
 RUN_ARGMAX: Final = 1
 KV_FORMS: Final = ("f32", "f16", "int8", "rotor3")  # of a KV cache; engine/kv_forms.py defines them
-DEFAULT_KV: Final = "f16"  # the library's own; docs/kv-cache.md says why
+DEFAULT_KV: Final = "int8"  # the library's own; docs/kv-cache.md says why
 _HINTS: Final = {
     2: "check the path and its permissions",
     3: "prepare the model again: halo install",

@@ -11,7 +11,7 @@ namespace halo {
 namespace {
 
 const char *const kNames[] = {"f32", "f16", "int8", "rotor3"};
-const KvForm kDefault = KvForm::f16;
+const KvForm kDefault = KvForm::int8;
 const int kGroupBytes = 192, kGroupCodes = 512;
 
 // The sign of element i of a rotated vector: a bit of splitmix64's output number i.
