@@ -101,7 +101,7 @@ def prepare_directory(
     opened = open_source(models[0] if models else directory, None, activation)
     prepared = directory / PREPARED
     try:
-        prepare(in_memory(watched(opened.stream, progress)), prepared)
+        prepare(watched(opened.stream, progress), prepared)
         if PREPARED in description["files"]:
             description["files"][PREPARED] = _facts(prepared)
             with replacing(directory / "model.json") as file:
@@ -124,7 +124,7 @@ def _name(source: Path, name: str | None) -> str:
 
 def _write(staging: Path, opened: Source, name: str, progress: Progress) -> ImportReport:
     tokenizer = opened.tokenizer()  # first, since it may be refused, and the weights take long
-    prepare(in_memory(watched(opened.stream, progress)), staging / PREPARED)
+    prepare(watched(opened.stream, progress), staging / PREPARED)
     files = [PREPARED, *tokenizer.write(staging)]
     golden, notes = _golden(opened.stream, tokenizer)
     description = {

@@ -135,9 +135,19 @@ def _open_h1b(path: Path, tokenizer: Path | None) -> Source:
 
 
 def _open_prepared(path: Path, tokenizer: Path | None) -> Source:
-    if (path.parent / "model.h1b").is_file():
-        return _open_h1b(path.parent / "model.h1b", tokenizer)
-    raise HaloError(f"{path} is a prepared model, and nothing lies beside that it was made from.", hint=_WHAT)
+    from engine.formats.prepared import read_prepared, verify_prepared
+
+    verify_prepared(path)
+    stream = read_prepared(path)
+
+    def own() -> TokenizerFiles:
+        from engine.tokenizer_facts import read_facts
+
+        facts = read_facts(path.parent / "model.json")
+        ends = {"bos": facts.bos, "eos": facts.eos} if facts else None
+        return given_tokenizer(tokenizer or _beside(path), stream.config, ends)
+
+    return Source("halo", stream, own, {path.name: path}, name=path.resolve().parent.name)
 
 
 def _beside(path: Path) -> Path:

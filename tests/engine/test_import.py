@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +26,7 @@ from engine.formats.importer import import_model, in_memory, prepare_directory
 from engine.formats.seal import check_open
 from engine.formats.sources import open_source
 from engine.formats.store import read_description, store_name, unpack
-from engine.model import Model
+from engine.model import Model, ModelConfig
 from engine.reference import Reference
 from tests.engine import formats_fixtures as make
 from tests.engine.test_hf import (
@@ -322,6 +326,91 @@ def test_a_directory_is_prepared_anew_from_its_model_file(tmp_path: Path, truth:
     assert prepare_directory(directory) == directory / "model.halo"
     assert (directory / "model.halo").read_bytes() == (truth / "model.halo").read_bytes()
     check_open(directory)
+
+
+def test_a_model_directory_is_exported_from_what_the_engine_runs(
+    tmp_path: Path, truth: Path, model: Model
+) -> None:
+    """model.halo alone, as every import leaves it; and not when a byte of it is another."""
+    export_model(truth, tmp_path / "new.h1b", "h1b2")
+    assert (tmp_path / "new.h1b").read_bytes() == h1b(tmp_path / "m.h1b", model, 2).read_bytes()
+    export_model(truth / "model.halo", tmp_path / "new.gguf", "i2_s")
+    assert make.same_layers(open_source(tmp_path / "new.gguf").stream.layers(), model.layers)
+    directory = tmp_path / "copy"
+    shutil.copytree(truth, directory)
+    data = bytearray((directory / "model.halo").read_bytes())
+    data[len(data) // 2] ^= 1
+    (directory / "model.halo").write_bytes(data)
+    with pytest.raises(HaloError, match="damaged"):
+        export_model(directory, tmp_path / "bad.gguf", "i2_s")
+    assert not (tmp_path / "bad.gguf").exists()
+
+
+def test_a_llama_goes_in_and_out(tmp_path: Path) -> None:
+    """SiLU, no sub-norms, a head of its own, a head size of its own, a scale a row."""
+    model = make.random_model(make.LLAMA, one_scale=False)
+    source = tmp_path / "m.gguf"
+    source.write_bytes(make.gguf_bytes(model, make.TQ2_0, "llama"))
+    import_model(source, tmp_path / "out")
+    assert make.same_model(model, open_source(tmp_path / "out").stream)
+    export_model(tmp_path / "out", tmp_path / "again.gguf", "tq2_0")
+    assert make.same_model(model, open_source(tmp_path / "again.gguf").stream)
+    with pytest.raises(HaloError, match="cannot hold"):
+        export_model(tmp_path / "out", tmp_path / "m.h1b", "h1b4")
+
+
+def large_gguf(path: Path) -> Path:
+    """An I2_S file of 100 MB: 340 million weights in 30 layers."""
+    c = ModelConfig(1024, 2816, 30, 8, 2, 8192, 64, True, 500000.0, 1e-5)
+    rng = np.random.default_rng(0)
+    digits = rng.integers(0, 3, (4, 2816 * 1024 // 4), dtype=np.uint8)
+    packed = (digits[0] | digits[1] << 2 | digits[2] << 4 | digits[3] << 6).tobytes()
+    tail = struct.pack("<f", 0.03) + bytes(28)
+    ones = make.encode_floats(make.F32, np.ones(2816))
+    tensors: dict[str, Any] = {
+        "token_embd.weight": (
+            (8192, 1024),
+            make.F16,
+            make.encode_floats(make.F16, rng.normal(0, 1, 1 << 23)),
+        ),
+        "output_norm.weight": ((1024,), make.F32, ones[:4096]),
+    }
+    for index in range(c.num_layers):
+        for norm, name in make.NORMS.items():
+            size = 2816 if norm == "ffn_sub_norm" else 1024
+            tensors[f"blk.{index}.{name}.weight"] = (size,), make.F32, ones[: 4 * size]
+        for part, rows, cols in c.projections():
+            raw = packed[: rows * cols // 4] + tail
+            tensors[f"blk.{index}.{make.NAMES[part]}.weight"] = (rows, cols), make.I2_S, raw
+    vocabulary = make.tokenizer_metadata(make.vocabulary(8192))
+    path.write_bytes(make.container(make.metadata_of(c, "bitnet-25") | vocabulary, tensors))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("HALO_TEST_SLOW"), reason="takes a minute; HALO_TEST_SLOW=1 runs it")
+@pytest.mark.parametrize("what", ["import", *FORMATS[1:]])
+def test_memory_stays_small_for_a_large_model(tmp_path: Path, what: str) -> None:
+    """A box imports models larger than its memory: here the kernel gives 100 MB beyond what Python has."""
+    source = large_gguf(tmp_path / "m.gguf")
+    code = (
+        "import re, resource, sys\n"
+        "from engine.formats.exporter import export_model\n"
+        "from engine.formats.importer import import_model\n"
+        "from pathlib import Path\n"
+        "import engine.formats.tokenizer_files, engine.formats.gguf_export, tiktoken\n"
+        "used = int(re.search(r'VmData:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "limit = (used << 10) + (100 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
+        "source, out, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]\n"
+        "import_model(source, out) if what == 'import' else export_model(source, out, what)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(tmp_path / "out"), what],
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_commands_say_what_they_did(
