@@ -207,12 +207,11 @@ def _table_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _memory(result: dict[str, Any]) -> list[str]:
     ours = result["memory"]["halo"]
-    weights, kv = result["model"]["bytes_a_token"]["total"], ours["kv_bytes"]
-    above = (ours["peak_bytes"] - kv) / weights
+    size, kv = result["model"]["file_bytes"], ours["kv_bytes"]
     lines = [
-        f"peak memory {ours['peak_bytes'] / 1e6:.0f} MB: {above:.2f} times the weights that a token reads "
-        f"({weights / 1e6:.0f} MB) beside {kv / 1e6:.1f} MB of KV cache; "
-        f"{ours['interpreter_bytes'] / 1e6:.0f} MB were the interpreter's before"
+        f"peak memory {ours['peak_bytes'] / 1e6:.0f} MB: less {kv / 1e6:.1f} MB of KV cache "
+        f"{(ours['peak_bytes'] - kv) / size:.2f} times the model's {size / 1e6:.0f} MB "
+        f"({ours['interpreter_bytes'] / 1e6:.0f} MB were the interpreter's before)"
     ]
     for name, facts in result["peers"].items():
         peak = result["memory"].get(name, {}).get("peak_bytes")

@@ -393,7 +393,7 @@ def test_the_bytes_of_a_token_are_those_of_the_file(tmp_path, tiny_model):
     prepare(model, tmp_path / "m.halo")
     found = read_bytes(tmp_path / "m.halo")
     weights = sum(rows * cols for _, rows, cols in model.config.projections()) * model.config.num_layers
-    assert weights / 4 <= found["ternary"] <= weights / 4 * 1.3
+    assert weights / 5 <= found["ternary"] <= weights / 4 * 1.3
     assert found["head"] >= model.config.vocab_size * model.config.hidden_size // 2
     assert found["total"] == found["ternary"] + found["head"] + found["rest"]
     assert found["total"] < (tmp_path / "m.halo").stat().st_size
@@ -459,7 +459,11 @@ def test_the_report_has_a_row_for_each_measurement_and_bars_only_where_asked():
     other = {"median": 25.0, "ratio": 2.0}
     result = {
         "machine": {"cpu": "A CPU", "cpus": 2},
-        "model": {"name": "m", "bytes_a_token": {"total": 8e8, "ternary": 5e8, "head": 3e8}},
+        "model": {
+            "name": "m",
+            "file_bytes": 1e9,
+            "bytes_a_token": {"total": 8e8, "ternary": 5e8, "head": 3e8},
+        },
         "engine": {"isa": "avx512"},
         "bandwidth": {"2": 5.0e10},
         "kv_bytes_a_position": 76800.0,
