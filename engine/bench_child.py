@@ -7,6 +7,7 @@ own for each measurement, as a peer's executable is one: memory is of that run a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 WARM_UP: Final = 2  # tokens decoded and thrown away, so that the threads are up and the weights are in
 _HUGE_PAGE: Final = 2 << 20
+_PIECE: Final = 8 << 20  # bytes: long beside the cost of a call, short beside the whole
 
 
 def prompt(vocabulary: int, length: int, stream: int = 0) -> list[int]:
@@ -127,7 +129,7 @@ def measure_memory(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_bandwidth(threads: int, size: int, passes: int = 5) -> dict[str, Any]:
-    """Bytes a second that `threads` threads read from huge pages: each sums its part, `passes` times over.
+    """Bytes a second that `threads` threads read from huge pages: each sums pieces, `passes` times over.
 
     NumPy's sum of int64 is bound by memory here and lets go of the interpreter's lock; it is within a few
     percent of a loop of vector loads in C. The best pass counts: it is the machine's limit that is asked for.
@@ -139,18 +141,20 @@ def measure_bandwidth(threads: int, size: int, passes: int = 5) -> dict[str, Any
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, dtype=np.int64)[: size // 8]
     whole[:] = 1  # a page that was never written is one shared page of zeros
-    parts = np.array_split(whole, threads)
-    return {"bytes_per_second": max(_one_pass(parts, size) for _ in range(passes))}
+    pieces = [whole[start : start + _PIECE // 8] for start in range(0, len(whole), _PIECE // 8)]
+    return {"bytes_per_second": max(_one_pass(pieces, threads, size) for _ in range(passes))}
 
 
-def _one_pass(parts: Sequence[Any], size: int) -> float:
-    ready = threading.Barrier(len(parts) + 1)
+def _one_pass(pieces: Sequence[Any], threads: int, size: int) -> float:
+    """Every thread takes the next piece until none is left, so that none waits for another at the end."""
+    ready, turn = threading.Barrier(threads + 1), itertools.count()
 
-    def read(part: Any) -> None:  # noqa: ANN401
+    def read() -> None:
         ready.wait()
-        part.sum()
+        while (index := next(turn)) < len(pieces):
+            pieces[index].sum()
 
-    workers = [threading.Thread(target=read, args=(part,), daemon=True) for part in parts]
+    workers = [threading.Thread(target=read, daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()
     ready.wait()

@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_TEXT: Final = 16 << 20  # characters of any text that it makes, and items of any list
-MAX_STEPS: Final = 1_000_000  # turns of a loop and calls
+MAX_STEPS: Final = 200_000  # turns of a loop and calls
 MAX_SECONDS: Final = 10.0
 _MAX_BITS: Final = 4096  # of a whole number
 _MAX_INDENT: Final = 16

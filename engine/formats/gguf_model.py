@@ -106,6 +106,10 @@ class _Keys:
 
     def __init__(self, file: GgufFile) -> None:
         self.path, self.metadata = file.path, file.metadata
+        if str(file.metadata.get("split.count", 1)) not in ("0", "1"):
+            raise refused(
+                self.path, "it is one of several parts", hint="join them: llama-gguf-split --merge PART OUT"
+            )
         architecture = file.metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -215,6 +219,8 @@ class _Weights:
         self.config, note = _config(keys, file, activation)
         self.llama = keys.architecture == "llama"
         self.notes = [note]
+        if self.llama:
+            self.notes.append("The file does not say that activations are int8; the engine makes them so.")
         self.check_names()
         self.untied = OUTPUT in self.tensors
         self.untie()

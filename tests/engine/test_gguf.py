@@ -310,6 +310,8 @@ def test_an_activation_that_nothing_says_is_asked_for(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"general__architecture": "qwen3"}, "'qwen3'"),
     "none": ({"general__architecture": None}, "None"),
+    "a part": ({"split__count": 3}, "one of several parts"),
+    "parts, oddly": ({"split__count": [1, 2]}, "one of several parts"),
     "TriLM": ({"general__name": "TriLM_3.9B_Unpacked"}, "TriLM"),
     "Bonsai": ({"general__basename": "Ternary-Bonsai"}, "Bonsai"),
     "experts": ({"llama__expert_count": 8}, "expert_count"),

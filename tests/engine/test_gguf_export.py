@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.errors import HaloError
+from engine.formats import gguf_types
 from engine.formats.gguf import TensorPlan, read_gguf, write_gguf
 from engine.formats.gguf_export import GgufOptions, export_gguf
 from engine.formats.gguf_model import open_gguf
@@ -212,3 +213,21 @@ def test_the_published_reader_sees_the_same(tmp_path: Path, truth: Model) -> Non
     assert np.array_equal(weights, (unpack_codes(matrix).astype(np.float32) - 1) * matrix.scales[:, None])
     assert reader.get_field("tokenizer.ggml.pre").contents() == "llama-bpe"
     assert reader.get_field("bitnet.hidden_activation").contents() == "relu2"
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "TQ1_0", "TQ2_0"])
+def test_blocks_decode_as_the_published_code_decodes_them(name: str) -> None:
+    """Any bytes whose scale is a number: gguf-py's dequantize and ours, to the bit."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    kind = getattr(gguf_types, name)
+    rng = np.random.default_rng(8)
+    raw = rng.integers(0, 256, (50, kind.block_bytes), dtype=np.uint8)
+    at = 0 if name == "Q8_0" else kind.block_bytes - 2
+    raw[:, at : at + 2] = rng.uniform(0.001, 0.1, (50, 1)).astype("<f2").view(np.uint8)
+    theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType[name])
+    if name.startswith("TQ"):
+        codes, steps = (gguf_types.tq1_0 if name == "TQ1_0" else gguf_types.tq2_0)(raw)
+        ours = (codes.astype(np.float32) - 1) * steps[:, None]
+    else:
+        ours = gguf_types.widened(kind, raw.reshape(-1)).reshape(theirs.shape)
+    assert np.array_equal(ours, theirs)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.backend import NativeModel
 from engine.errors import HaloError
 from engine.formats.prepared import VERSION, prepare
 from engine.formats.seal import HEAD, PREPARED, SEAL, check_open, problems, read_seal, seal, sha256_of
@@ -205,6 +206,20 @@ def test_flipped_bytes_of_the_tensors_are_refused_by_the_engine_that_maps_them(t
         check_open(model)
         refused(model, PREPARED)
         assert at >= HEAD
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("HALO_TEST_SLOW" not in os.environ, reason="HALO_TEST_SLOW=1 flips each of 115,000 bytes")
+def test_every_byte_of_model_halo_counts_for_the_engine_that_maps_it(tiny_model, tmp_path, native_library):
+    """Without the seal: what the engine itself checks leaves no byte out, fillings included."""
+    path = tmp_path / PREPARED
+    prepare(tiny_model("least", max_seq_len=2), path)
+    rng = random.Random(2)
+    for at in flips(path, range(path.stat().st_size), 1 << rng.randrange(8)):
+        with pytest.raises(HaloError) as info:
+            NativeModel.open(path, native_library)
+        assert info.value.hint, at
+    NativeModel.open(path, native_library).close()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
