@@ -2,9 +2,11 @@
 
 Set up as transformers does (utils/chat_template_utils.py: ImmutableSandboxedEnvironment, trim_blocks,
 lstrip_blocks, loop controls, tojson, raise_exception, strftime_now). That keeps a template from Python's
-insides. It can still loop for hours or ask for a terabyte; so here each loop turn and call is a step of a
-budget, each operation that makes a longer text is measured before it is done, and what cannot be measured
-(padding, lipsum) is left out. Imported only when a template is rendered: jinja2 takes 60 ms.
+insides. It can still loop for hours or ask for a terabyte; so here each loop turn, call and filter is a step
+of a budget, each operation that makes a longer text is measured before it is done, and what cannot be
+measured (padding, lipsum) is left out. A list of itself twice, a few dozen times over, is small and endless
+to print, compare or hash: so each list, tuple and dict is weighed when it is made, and none ever becomes one.
+Imported only when a template is rendered: jinja2 takes 60 ms.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import datetime
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MappingView
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any, Final, NoReturn, cast
 
 from jinja2 import Template, TemplateError, nodes
@@ -24,15 +27,20 @@ from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_TEXT: Final = 16 << 20  # characters of any text that it makes, and items of any list
+MAX_TEXT: Final = 4 << 20  # characters of any text that it makes, or of a list written out
+MAX_MADE: Final = 16 * MAX_TEXT  # characters of all texts that it makes, and 8 an item of all lists
 MAX_STEPS: Final = 200_000  # turns of a loop and calls
 MAX_SECONDS: Final = 10.0
 _MAX_BITS: Final = 4096  # of a whole number
 _MAX_INDENT: Final = 16
+# What a text weighs beside its characters, and anything else: so no more than 65,536 lists hold each other.
+_TEXT_WEIGHT, _WEIGHT = 16, 64
 _STEP: Final = "__halo_step__"
 _CONCAT: Final = "__halo_concat__"
+_MADE: Final = "__halo_made__"
 # Methods of str that a template may not use, for their result has any length: padding and formats.
 _UNMEASURED: Final = frozenset(
     ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map", "translate", "encode")
@@ -51,6 +59,7 @@ class _Budget:
     def __init__(self, now: datetime.datetime) -> None:
         self.now = now
         self.steps = MAX_STEPS
+        self.left = MAX_MADE
         self.until = time.monotonic() + MAX_SECONDS
 
 
@@ -77,7 +86,7 @@ def compile_template(source: str, mark: Callable[[str], str]) -> Template:
 
 
 class _Rewrite(NodeTransformer):
-    """Marks a template's own texts, counts the turns of its loops, measures what `~` joins."""
+    """Marks a template's own texts, counts the turns of its loops, measures what `~` joins and [] holds."""
 
     def __init__(self, mark: Callable[[str], str]) -> None:
         self._mark = mark
@@ -101,6 +110,18 @@ class _Rewrite(NodeTransformer):
         self.generic_visit(node)
         return nodes.Call(nodes.Name(_CONCAT, "load"), node.nodes, [], None, None, lineno=node.lineno)
 
+    def visit_List(self, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        return nodes.Call(nodes.Name(_MADE, "load"), [node], [], None, None, lineno=node.lineno)
+
+    visit_Dict = visit_List
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        if node.ctx == "load":
+            return self.visit_List(node)
+        self.generic_visit(node)  # `for a, b in`: names, not a value
+        return node
+
 
 def _check(length: int) -> None:
     if length > MAX_TEXT:
@@ -120,23 +141,53 @@ def _step() -> str:
 
 
 def _weigh(value: object, left: int = MAX_TEXT) -> int:
-    """About the characters of str(value); stops above MAX_TEXT, for lists in lists can be exponential."""
+    """What a value holds, in characters; raises above MAX_TEXT, for lists in lists can be exponential."""
     if isinstance(value, str):
-        return len(value)
-    total = 8
+        return len(value) + _TEXT_WEIGHT
+    total = _WEIGHT
+    if isinstance(value, Context):  # a mapping too, that some filters are given; no template holds it
+        return total
+    if isinstance(value, Namespace):
+        value = object.__getattribute__(value, "_Namespace__attrs")
     if isinstance(value, Mapping):
         value = [each for item in value.items() for each in item]
-    if isinstance(value, list | tuple | set | frozenset):
-        for each in value:
+    if isinstance(value, list | tuple | set | frozenset | MappingView):
+        for each in cast(Iterable[object], value):
             total += _weigh(each, left - total)
             if total > left:
                 _check(MAX_TEXT + 1)
     return total
 
 
+def _made(value: Any) -> Any:  # noqa: ANN401
+    """A value that was just made, paid for from the budget; refused where it is too large."""
+    if isinstance(value, str | list | tuple | Mapping | Namespace):
+        _check(_weigh(value))
+        budget = _budget.get(None)
+        if budget is not None:
+            size = 1 if isinstance(value, Namespace) else len(value)
+            budget.left -= size if isinstance(value, str) else 8 * size
+            if budget.left < 0:
+                raise SecurityError(f"it makes texts and lists of more than {MAX_MADE}")
+    return value
+
+
+def _measured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that takes and gives nothing too large, and is a step."""
+
+    @wraps(function)
+    def measured(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        _step()
+        for value in (*args, *kwargs.values()):
+            _check(_weigh(value))
+        return _made(function(*args, **kwargs))
+
+    return measured
+
+
 def _text(value: Any) -> str:  # noqa: ANN401  (whatever a template has)
     _check(_weigh(value))
-    return str(value)
+    return value if type(value) is str else str(_made(str(value)))
 
 
 def _concat(*values: Any) -> str:  # noqa: ANN401
@@ -146,7 +197,7 @@ def _concat(*values: Any) -> str:  # noqa: ANN401
 def _joined(pieces: Iterable[str]) -> str:
     pieces = list(pieces)
     _check(sum(map(len, pieces)))
-    return "".join(pieces)
+    return str(_made("".join(pieces)))
 
 
 def _finalize(value: Any) -> Any:  # noqa: ANN401
@@ -229,12 +280,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             finalize=_finalize,
             extensions=[_Generation, loopcontrols],
         )
-        self.filters = {name: FILTERS[name] for name in _FILTERS}
-        self.filters |= {"tojson": _tojson, "replace": _replace, "join": _join, "indent": _indent}
-        self.filters["string"] = _text
+        own = {"tojson": _tojson, "replace": _replace, "join": _join, "indent": _indent, "string": _text}
+        filters = {name: FILTERS[name] for name in _FILTERS} | own
+        self.filters = {name: _measured(function) for name, function in filters.items()}
         self.globals = {name: self.globals[name] for name in _GLOBALS}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self.globals |= {_STEP: _step, _CONCAT: _concat}
+        self.globals |= {_STEP: _step, _CONCAT: _concat, _MADE: _made}
 
     def wrap_str_format(self, value: Any) -> None:  # noqa: ANN401
         """Nothing: str.format is refused below like the others."""
@@ -248,18 +299,22 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """A call is a step; the methods of text that make it longer are measured."""
         _step()
+        if obj is _step or obj is _made:
+            return obj(*args)
+        for value in (*args, *kwargs.values()):
+            _check(_weigh(value))
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, str) and not isinstance(obj, Undefined):
             if name == "replace":
-                return _replace(owner, *args, **kwargs)
+                return _made(_replace(owner, *args, **kwargs))
             if name == "join":
-                return _join(args[0] if args else (), owner)
-        return super().call(context, obj, *args, **kwargs)
+                return _made(_join(args[0] if args else (), owner))
+        return _made(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
         """An operation whose result may be longer than what it is made from."""
         _check_operation(operator, left, right)
-        return super().call_binop(context, operator, left, right)
+        return _made(super().call_binop(context, operator, left, right))
 
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:  # noqa: ANN401

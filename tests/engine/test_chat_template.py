@@ -176,6 +176,24 @@ BOMBS = {
     "lists as text": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ (n.x | string)[0] }}"),
     "lists trimmed": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ n.x | trim }}"),
     "lists in upper case": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ n.x | upper }}"),
+    "lists compared": grown(
+        "['aa']", "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}", "{{ n.x == n.y }}"
+    ),
+    "tuples hashed": grown("('aa', 1)", "{% set n.x = (n.x, n.x) %}", "{{ {n.x: 1} | length }}"),
+    "a dict of dicts": grown("{}", "{% set n.x = dict(a=n.x, b=n.x) %}", "{{ n.x == n.x.a }}"),
+    "views of dicts": grown("{}", "{% set n.x = {'a': n.x.values(), 'b': n.x.values()} %}", "{{ n.x }}"),
+    "namespaces": grown("1", "{% set n.x = namespace(a=n.x, b=n.x) %}", "{{ n.x }}"),
+    "namespaces by name": grown(
+        "1", "{% set t = namespace() %}{% set t.a = n.x %}{% set t.b = n.x %}{% set n.x = t %}", "{{ n.x }}"
+    ),
+    "the arguments of a macro": "{% set n = namespace(x=1) %}"
+    "{% macro f() %}{% set n.x = varargs %}{% endmacro %}"
+    "{% for i in range(99) %}{% set y = f(n.x, n.x) %}{% endfor %}{{ n.x }}",
+    "groups of groups": grown("[[1]]", "{% set n.x = (n.x + n.x) | groupby(0) | list %}", "{{ n.x }}"),
+    "many long texts": "".join(f"{{% set a{i} = 'a' * 4000000 %}}" for i in range(500)),
+    "a list for each turn": "{% for i in range(9999) %}{% set x = [0] * 500000 %}{% endfor %}",
+    "a filter for each of many": "{% for i in range(9999) %}"
+    "{{ range(60000) | map('upper') | list | length }}{% endfor %}",
     "a long text": "{{ 'a' * 10**10 }}",
     "a long list": "{{ [0] * 10**10 }}",
     "a large number": "{{ 9 ** 999999999 }}",
