@@ -1,8 +1,8 @@
 """The native engine from Python: ctypes over `engine/native/halo.h`. Not a sampler and not a scheduler.
 
 Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays. Environment:
-HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512, neon,
-neondot: forces a CPU path), HALO_THREADS (threads of a session), HALO_KV (form of the KV cache).
+HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512, avx512vbmi,
+neon, neondot: forces a CPU path), HALO_THREADS (threads of a session), HALO_KV (form of the KV cache).
 """
 
 from __future__ import annotations

@@ -100,6 +100,7 @@ def test_sums_are_exact_for_odd_shapes(native_library: Path, cpu_paths: list[str
         (9, 1000, 3),
         (2, 6912, 9),
         (13, 577, 6),
+        (49, 6912, 1),
     ]
     for rows, cols, tokens in shapes:
         codes = rng.integers(0, 3, (rows, cols), dtype=np.uint8)
@@ -117,9 +118,10 @@ def test_sums_are_exact_at_the_extremes(
     """All weights and activations alike and as large as they get: where an int16 sum would saturate."""
     for cols in (64, 1024, 6912, 20_000):
         codes = np.full((5, cols), code, np.uint8)
-        x = np.full((3, cols), value, np.int8)
-        for path in cpu_paths:
-            assert (sums(native_library, path, codes, x) == (code - 1) * value * cols).all(), (path, cols)
+        for tokens in (1, 3):
+            x = np.full((tokens, cols), value, np.int8)
+            for path in cpu_paths:
+                assert (sums(native_library, path, codes, x) == (code - 1) * value * cols).all(), (path, cols)
 
 
 def test_logits_are_the_oracles_on_every_path_and_thread_count(

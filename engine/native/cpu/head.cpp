@@ -100,7 +100,6 @@ void Head::look(const float *x, int stride, int count) {
   const Coarse &coarse = model_.coarse;
   int chunks = 4 * groups_ / kCoarseCols;
   pool_.each(items_, [&](int item, int) {
-    item = items_ - 1 - item;
     int first = item * kItemRows, rows = std::min(kItemRows, vocab_ - first);
     const float low = -std::numeric_limits<float>::infinity();
     for (int t = 0; t < count; ++t) seen_[(size_t)t * items_ + item] = {low, low, first};

@@ -76,6 +76,6 @@ struct Kernels {
 };
 
 // The tables. Each file defines its own where it is compiled for its architecture.
-extern const Kernels scalar_table, avx2_table, avx512_table, neon_table, neondot_table;
+extern const Kernels scalar_table, avx2_table, avx512_table, avx512vbmi_table, neon_table, neondot_table;
 
 }  // namespace halo

@@ -42,6 +42,8 @@ bool has_avx512() {  // F, DQ, BW, VL and VNNI
   Registers seven = cpuid(7);
   return bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31) && bit(seven.c, 11);
 }
+
+bool has_avx512vbmi() { return has_avx512() && bit(cpuid(7).c, 1); }
 #endif
 
 }  // namespace
@@ -49,6 +51,7 @@ bool has_avx512() {  // F, DQ, BW, VL and VNNI
 std::vector<const Kernels *> usable_paths() {
   std::vector<const Kernels *> paths;
 #if defined(__x86_64__)
+  if (has_avx512vbmi()) paths.push_back(&avx512vbmi_table);
   if (has_avx512()) paths.push_back(&avx512_table);
   if (has_avx2()) paths.push_back(&avx2_table);
 #elif defined(__aarch64__)

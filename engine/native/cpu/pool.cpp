@@ -45,6 +45,7 @@ void Pool::run(int items, Function function, void *context) {
   }
   function_ = function;
   context_ = context;
+  items_ = items;
   pending_ = items;
   uint64_t phase = (ticket_.load() >> 32) + 1;
   ticket_ = phase << 32 | (uint32_t)items;
@@ -63,7 +64,7 @@ bool Pool::help(int thread) {
   do {
     if ((uint32_t)ticket == 0) return false;
   } while (!ticket_.compare_exchange_weak(ticket, ticket - 1));
-  function_(context_, (int)(uint32_t)ticket - 1, thread);
+  function_(context_, items_ - (int)(uint32_t)ticket, thread);
   if (pending_.fetch_sub(1) == 1 && caller_sleeps_) {
     std::lock_guard<std::mutex> lock(mutex_);
     done_.notify_one();

@@ -1,7 +1,8 @@
 // A small thread pool for phases of a few microseconds. Not a task graph: one phase runs at a time.
 //
-// The items of a phase are handed out one by one, to the caller too. So the caller never waits for a thread that has
-// not come: where a neighbour holds a CPU, the others do its share, and a phase is late by one item at most.
+// The items of a phase are handed out one by one in rising order, as memory is best read, to the caller too. So the
+// caller never waits for a thread that has not come: where a neighbour holds a CPU, the others do its share, and a
+// phase is late by one item at most.
 #pragma once
 #include <stdint.h>
 
@@ -45,8 +46,9 @@ class Pool {
   std::atomic<uint64_t> ticket_{0};
   std::atomic<int> pending_{0}, sleepers_{0};
   std::atomic<bool> stopping_{false}, caller_sleeps_{false};
-  Function function_ = nullptr;  // written only while no item can be taken
+  Function function_ = nullptr;  // this and the next two are written only while no item can be taken
   void *context_ = nullptr;
+  int items_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
 };

@@ -58,10 +58,8 @@ void Quantized::take_row(int t, const float *x, const float *norm, int n, float 
 void Quantized::multiply(const Product *products, int product_count) {
   int items = 0;
   for (int p = 0; p < product_count; ++p) items += items_of(*products[p].w);
-  // The pool hands out the last item first; memory is best read in rising order.
   pool_.each(items, [&](int item, int) {
     const Product *product = products;
-    item = items - 1 - item;
     while (item >= items_of(*product->w)) item -= items_of(*(product++)->w);
     int first = item * kBlocks;
     multiply_blocks(*product, first, std::min(kBlocks, blocks_of(*product->w) - first));
