@@ -123,7 +123,7 @@ def read_manifest(tar: tarfile.TarFile, bundle: str) -> dict:
         files = manifest["files"]
         if manifest["schema"] != 1 or not all(isinstance(value, str) for value in files.values()):
             raise ValueError("schema")
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise Refusal("%s is not a halo bundle." % bundle, "make one with: halo bundle -o FILE")
     return dict(files)
 

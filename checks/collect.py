@@ -70,7 +70,7 @@ def _units_wanted(prefix: Path) -> bool:
     """halo.toml's `units`: False when the owner left systemd alone."""
     try:
         return bool(tomllib.loads((prefix / "halo.toml").read_text()).get("units", True))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+    except (OSError, ValueError, RecursionError):
         return True
 
 

@@ -58,7 +58,7 @@ def read_card(model_dir: Path) -> ModelCard:
     path = model_dir / "model.json"
     data = _read_object(path, "the model's description")
     name, template, context = data.get("name"), data.get("chat_template"), data.get("context")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or name.encode("utf-8", "ignore").decode() != name:
         raise _bad_card(path, "it has no name")
     if template not in CHAT_TEMPLATES:
         raise _bad_card(path, f"its chat_template is {template!r}, known are {', '.join(CHAT_TEMPLATES)}")

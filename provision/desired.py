@@ -40,7 +40,7 @@ def load_desired(path: Path) -> Desired:
         raw: dict[str, Any] = tomllib.loads(path.read_text())
     except FileNotFoundError:
         return Desired()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HaloError(f"{path} cannot be read: {error}.", hint=f"mend or remove {path}") from error
     known = {name: raw[name] for name in asdict(Desired()) if name in raw}
     desired = Desired(**known)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+_UNKNOWN: Final = "an unknown distribution"
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,19 @@ def distribution() -> str:
     """What /etc/os-release calls this system, for a sentence."""
     for path in (Path("/etc/os-release"), Path("/usr/lib/os-release")):
         try:
-            lines = path.read_text(errors="replace").splitlines()
+            return pretty_name(path.read_text(errors="replace"))
         except OSError:
             continue
-        for line in lines:
-            if line.startswith("PRETTY_NAME="):
-                return "".join(shlex.split(line.partition("=")[2])) or "an unknown distribution"
-    return "an unknown distribution"
+    return _UNKNOWN
+
+
+def pretty_name(text: str) -> str:
+    """PRETTY_NAME of an os-release file's text."""
+    for line in text.splitlines():
+        if line.startswith("PRETTY_NAME="):
+            with contextlib.suppress(ValueError):  # a quote that is never closed
+                return "".join(shlex.split(line.partition("=")[2])) or _UNKNOWN
+    return _UNKNOWN
 
 
 def install_command(features: tuple[str, ...], manager: Manager | None) -> str:

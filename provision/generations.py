@@ -42,7 +42,7 @@ def version_of(root: Path) -> str:
 
     try:
         declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise HaloError(
             f"{root} is not halo's source.", hint="run install.py from a clone or with --bundle"
         ) from error
@@ -60,7 +60,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of a complete generation, or None."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
 

@@ -63,7 +63,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     """The records of one run; a last line cut off by a power cut is left out."""
     records = []
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             entry = json.loads(line)
             if isinstance(entry, dict):
                 records.append(entry)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ __all__ = [
 ]  # fmt: skip
 _CHUNK: Final = 1 << 20
 _DESCRIPTION: Final = "model.json"
+_SHA256: Final = re.compile("[0-9a-f]{64}")
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -32,11 +34,10 @@ def read_description(directory: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
         name, files = description["name"], description["files"]
         sound = description["schema"] == 1 and isinstance(name, str) and _is_plain_name(name) and files
-        for file, facts in files.items():
-            sound = sound and _is_plain_name(file) and len(facts["sha256"]) == 64 and int(facts["bytes"]) >= 0
+        sound = sound and all(_is_plain_name(file) and _is_described(facts) for file, facts in files.items())
     except FileNotFoundError as error:
         raise HaloError(f"There is no model at {directory}.", hint="get the clone or bundle anew") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HaloError(f"{path} is not a model description.", hint="get the model anew") from error
     if not sound:
         raise HaloError(f"{path} is not a model description.", hint="get the model anew")
@@ -44,7 +45,13 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def _is_plain_name(name: str) -> bool:
-    return bool(name) and "/" not in name and "\0" not in name and not name.startswith(".")
+    """A file's name that every file system holds and every terminal shows."""
+    return name.isprintable() and 1 <= len(name.encode()) <= 200 and "/" not in name and name[0] != "."
+
+
+def _is_described(facts: dict[str, Any]) -> bool:
+    sha256, size = facts["sha256"], facts["bytes"]
+    return isinstance(sha256, str) and bool(_SHA256.fullmatch(sha256)) and type(size) is int and size >= 0
 
 
 def store_name(description: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 // Zeroed memory straight from the kernel, for the arrays of a session. Pages that are never touched cost nothing.
 #pragma once
 #include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "failure.h"
@@ -15,6 +17,15 @@ class Buffer {
     if (__builtin_mul_overflow(a, b, &bytes_) || __builtin_mul_overflow(bytes_, sizeof(T), &bytes_))
       throw Failure(HALO_NO_MEMORY, "the session is larger than an address space");
     if (!bytes_) bytes_ = sizeof(T);
+#ifdef HALO_SANITIZED  // from the heap, which sanitizers watch to the byte
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 4096, bytes_))
+      throw Failure(HALO_NO_MEMORY, "the session needs %zu bytes that are not there", bytes_);
+    memset(memory, 0, bytes_);
+    data_ = (T *)memory;
+  }
+  ~Buffer() { free((void *)data_); }
+#else
     void *memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw Failure(HALO_NO_MEMORY, "the session needs %zu bytes that are not there", bytes_);
     data_ = (T *)memory;
@@ -23,6 +34,7 @@ class Buffer {
 #endif
   }
   ~Buffer() { munmap((void *)data_, bytes_); }
+#endif
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
 

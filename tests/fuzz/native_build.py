@@ -1,0 +1,63 @@
+"""python -m tests.fuzz.native_build DIR: build the native library with sanitizers and libFuzzer; seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.fuzz.corpus import read_corpus
+from tests.fuzz.model_targets import prepared_file
+from tests.fuzz.target import sparse
+from tests.fuzz.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "engine" / "native"
+SANITIZE = "address,undefined"
+
+
+def build(folder: Path) -> Path:
+    """Build with clang, whose runtime libFuzzer is in; returns the program."""
+    flags = "-fsanitize=fuzzer-no-link -fno-sanitize-recover=all"
+    configure = ["cmake", "-S", str(NATIVE), "-B", str(folder / "library"), "-DCMAKE_CXX_COMPILER=clang++"]
+    configure += [f"-DCMAKE_CXX_FLAGS={flags}", f"-DHALO_SANITIZE={SANITIZE}"]
+    program = folder / "fuzz_model"
+    source = Path(__file__).parent / "native" / "fuzz_model.cpp"
+    link = [
+        "clang++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        f"-fsanitize=fuzzer,{SANITIZE}",
+        "-fno-sanitize-recover=all",
+    ]
+    # Not the library's own CRC: it is hidden there, and the harness needs one.
+    link += [str(source), str(NATIVE / "cpu" / "checksum.cpp"), "-o", str(program)]
+    link += [f"-L{folder / 'library'}", "-lhalo_cpu", f"-Wl,-rpath,{folder / 'library'}", "-lpthread"]
+    for command in (configure, ["cmake", "--build", str(folder / "library"), "-j", "1"], link):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return program
+
+
+def seeds(folder: Path) -> int:
+    """The inputs of the Python target as this one takes them, in every form of the KV cache; how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate([*TARGETS["prepared"].seeds(), *read_corpus("prepared")]):
+        extra = (number * 8 & 8) | (number * 16 & 16) | (number % 4 * 32)
+        made = sparse((data[:1] or b"\0")[0] & 3 | extra, prepared_file(data)) if len(data) > 5 else data
+        (folder / hashlib.sha256(made).hexdigest()[:16]).write_bytes(made)
+    return len(os.listdir(folder))  # noqa: PTH208
+
+
+def main() -> int:
+    """Returns the exit code."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{build(folder)} with {seeds(folder / 'seeds')} seeds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""All fuzz targets by name: one for each parser of a file, of a request, of an answer."""
+
+from __future__ import annotations
+
+from tests.fuzz import model_targets, text_targets, wire_targets
+from tests.fuzz.target import Target
+
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (*model_targets.TARGETS, *text_targets.TARGETS, *wire_targets.TARGETS)
+}
