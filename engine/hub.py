@@ -136,7 +136,10 @@ def listing(client: Client, repo: str, commit: str) -> list[RemoteFile]:
                 found[file.path] = file
         if not following:
             return list(found.values())
-        url = urllib.parse.urljoin(url, following)
+        try:
+            url = urllib.parse.urljoin(url, following)
+        except ValueError:  # a bracket that is never closed
+            url = ""
         if origin(url) != origin(client.endpoint):
             raise HaloError("The hub's list of files goes on at another host.", hint=_CHECK)
     raise HaloError(f"The hub's list of files has more than {MAX_PAGES} pages.", hint=_CHECK)

@@ -7,6 +7,7 @@ google/sentencepiece. Each is imported when such a model is opened.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def read_bounded(path: Path) -> bytes:
     """A tokenizer's file of at most MAX_FILE bytes."""
     try:
         with path.open("rb") as stream:
-            data = stream.read(MAX_FILE + 1)
+            data = stream.read(min(MAX_FILE, os.fstat(stream.fileno()).st_size) + 1)
     except OSError as error:
         raise HaloError(
             f"The tokenizer {path} cannot be read: {error.strerror}.", hint=f"ls -l {path}"

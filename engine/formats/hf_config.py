@@ -9,6 +9,7 @@ no sub-norms. Everything else is refused with its reason, before a tensor is rea
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -85,7 +86,8 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
     """A JSON object of at most `limit` bytes. Raises HaloError for anything else."""
     try:
         with path.open("rb") as file:
-            raw = file.read(limit + 1)
+            # Not read(limit + 1) alone: that takes as much memory before it reads.
+            raw = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise HaloError(
             f"{path} cannot be read: {error.strerror}.", hint="give the folder of a complete checkpoint"

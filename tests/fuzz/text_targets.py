@@ -248,7 +248,8 @@ _JINJA = (
     b"~", b"**", b"messages[0]", b"['content']", b"add_generation_prompt", b"raise_exception('",
     b"strftime_now(", b".__class__", b"|attr(", b"%s", b"*99999999", b"|groupby(", b"|sort", b"|unique",
     b"|map(", b"cycler(", b"joiner(", b"|batch(", b".format(", b"|truncate(", b"|wordcount", b"<|im_start|>",
-    b"<|", b"|>", b"<s>", b"{% call ", b"{% filter ", b"{% block b %}", b"{% include ", b"{% import ", b"{% extends ",
+    b"<|", b"|>", b"<s>", b"{% call ", b"{% filter ", b"{% block b %}",
+    b"{% include ", b"{% import ", b"{% extends ",
     b"{% raw %}",
 )  # fmt: skip
 TOKENIZER_TARGETS = {
