@@ -1,8 +1,9 @@
 """The native engine from Python: ctypes over `engine/native/halo.h`. Not a sampler and not a scheduler.
 
 Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays. Environment:
-HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512, avx512vbmi,
-neon, neondot: forces a CPU path), HALO_THREADS (threads of a session), HALO_KV (form of the KV cache).
+HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512,
+avx512vbmi, neon, neondot: forces a CPU path), HALO_THREADS (threads of a session), HALO_KV (form of the KV
+cache).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
 from engine.model import ACTIVATIONS, ModelConfig
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 RUN_ARGMAX: Final = 1
 KV_FORMS: Final = ("f32", "f16", "int8", "rotor3")  # of a KV cache; engine/kv_forms.py defines them
 DEFAULT_KV: Final = "int8"  # the library's own; docs/kv-cache.md says why
@@ -63,10 +64,10 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
         _OPAQUE, _I32, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, ctypes.c_uint32, _OPAQUE, ctypes.c_size_t, _OPAQUE,
         ctypes.c_size_t,
     ],
-    "halo_session_near": [
-        _OPAQUE, _I32, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, ctypes.c_size_t, _OPAQUE, _OPAQUE,
-        ctypes.c_size_t, _OPAQUE,
+    "halo_session_draw": [
+        _OPAQUE, _I32, *[_OPAQUE] * 5, ctypes.c_float, ctypes.c_size_t, ctypes.c_size_t, *[_OPAQUE] * 4,
     ],
+    "halo_session_logits": [_OPAQUE, _I32, _OPAQUE, ctypes.c_size_t],
     "halo_ternary_sums": [ctypes.c_char_p, _OPAQUE, _I32, _I32, _OPAQUE, _I32, _OPAQUE],
 }  # fmt: skip
 
@@ -151,10 +152,23 @@ def _thread_count(threads: int | None) -> int:
     return int(text)
 
 
-def _kv_form(kv: str | None) -> str | None:
+def check_kv_form(form: str, head_dim: int) -> None:
+    """Raise HaloError unless `form` is one of KV_FORMS that holds heads of this size."""
+    if form not in KV_FORMS:
+        raise HaloError(
+            f"{form[:40]!r} is no form of the KV cache.", hint=f"choose one of {', '.join(KV_FORMS)}"
+        )
+    if form == "rotor3" and not (32 <= head_dim <= 1024 and head_dim & (head_dim - 1) == 0):
+        raise HaloError(
+            f"The KV form rotor3 needs heads of 32, 64, 128 ... 1024 elements, not {head_dim}.",
+            hint="choose int8, or unset HALO_KV",
+        )
+
+
+def _kv_form(kv: str | None, head_dim: int) -> str | None:
     form = kv or os.environ.get("HALO_KV") or None
-    if form is not None and form not in KV_FORMS:
-        raise HaloError(f"{form!r} is no form of the KV cache.", hint=f"choose one of {', '.join(KV_FORMS)}")
+    if form is not None:
+        check_kv_form(form, head_dim)
     return form
 
 
@@ -224,7 +238,7 @@ class NativeModel(_Closing):
         if not self._handle:
             raise HaloError("The model is closed.", hint="open it again")
         path = path or os.environ.get("HALO_CPU_PATH") or None
-        form = _kv_form(kv)
+        form = _kv_form(kv, self.config.head_dim)
         handle = _OPAQUE()
         room = context if context is not None else self.config.max_seq_len
         status = self._library.halo_session_create(
@@ -244,6 +258,14 @@ class NativeModel(_Closing):
         if self._handle:
             self._library.halo_model_close(self._handle)
             self._handle = _OPAQUE()
+
+
+class Drawn(NamedTuple):
+    """A drawn token, and the (ids, logits) near it; None where they were not asked for, or are too many."""
+
+    token: int
+    ids: NDArray[np.int32] | None = None
+    logits: NDArray[np.float32] | None = None
 
 
 class Session(_Closing):
@@ -285,37 +307,55 @@ class Session(_Closing):
         self._run(tokens, slots, positions, want, RUN_ARGMAX, ids)
         return [int(index) for index in ids]
 
-    def run_near(
+    def run_draw(
         self,
         tokens: Sequence[int],
         slots: Sequence[int],
         positions: Sequence[int],
         want: Sequence[bool],
-        margins: Sequence[float],
-        room: int = 1024,
-    ) -> list[tuple[NDArray[np.int32], NDArray[np.float32]] | None]:
-        """As `run`, but of each wanted entry the (ids, logits) within its margin of the largest.
+        noise: NDArray[np.float32],
+        depth: float = 0.0,
+        room: int = 0,
+    ) -> list[Drawn]:
+        """As `run`, but of each wanted entry the token of the largest logit + noise (the lowest id on a tie).
 
-        Every other token's logit is certainly below. None stands where they are more than `room`.
+        noise: float32 [number wanted, vocab]. With `room`, what is near comes along: every token whose logit
+        is at least the winner's, or within `depth` of one of the largest. Every other is certainly below.
         """
         import numpy as np
 
         wanted = sum(map(bool, want))
+        inputs = self._inputs(tokens, slots, positions, want)
+        rows = np.ascontiguousarray(noise, dtype=np.float32)
+        if rows.shape != (wanted, self.config.vocab_size):
+            raise HaloError(
+                "noise has the wrong shape.", hint="one row of the vocabulary's size a wanted entry"
+            )
+        winners, found = np.empty((2, wanted), dtype=np.int32)
         ids = np.empty((wanted, room), dtype=np.int32)
         logits = np.empty((wanted, room), dtype=np.float32)
-        found = np.empty(wanted, dtype=np.int32)
-        inputs = self._inputs(tokens, slots, positions, want)
-        limits = np.ascontiguousarray(margins, dtype=np.float32)
-        if len(limits) != len(tokens):
-            raise HaloError("tokens and margins have different lengths.", hint="one margin an entry")
         check(
             self._library,
-            self._library.halo_session_near(
-                self._open(), len(tokens), *(array.ctypes.data for array in inputs), limits.ctypes.data, room,
-                ids.ctypes.data, logits.ctypes.data, ids.size, found.ctypes.data,
+            self._library.halo_session_draw(
+                self._open(), len(tokens), *(array.ctypes.data for array in (*inputs, rows)), depth, room,
+                wanted,
+                *(array.ctypes.data for array in (winners, found, ids, logits)),
             ),
         )  # fmt: skip
-        return [None if n < 0 else (ids[k, :n], logits[k, :n]) for k, n in enumerate(found.tolist())]
+        counts = zip(winners.tolist(), found.tolist(), strict=True)
+        return [
+            Drawn(token, *((ids[k, :n], logits[k, :n]) if n >= 0 else ()))
+            for k, (token, n) in enumerate(counts)
+        ]
+
+    def logits_again(self, index: int) -> NDArray[np.float32]:
+        """All logits [vocab] of the last run's wanted entry number `index`, if it had at most 96 entries."""
+        import numpy as np
+
+        logits = np.empty(self.config.vocab_size, dtype=np.float32)
+        status = self._library.halo_session_logits(self._open(), index, logits.ctypes.data, logits.size)
+        check(self._library, status)
+        return logits
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Run `tokens` of one slot at positions start, start+1, ...; the logits of the last, [vocab]."""

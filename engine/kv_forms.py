@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from engine.arithmetic import LANES, dot, exp, fma, in_lanes, tree
-from engine.backend import DEFAULT_KV, KV_FORMS
+from engine.backend import DEFAULT_KV, check_kv_form
 from engine.errors import HaloError
 
 if TYPE_CHECKING:
@@ -60,13 +60,7 @@ class Cache:
 
 def new_cache(shape: tuple[int, int, int, int], form: str = DEFAULT_KV) -> Cache:
     """An empty cache of `shape` [layers, kv_heads, max_seq_len, head_dim]. HaloError for what cannot be."""
-    if form not in KV_FORMS:
-        raise HaloError(f"{form!r} is no form of the KV cache.", hint=f"choose of {', '.join(KV_FORMS)}")
-    size = shape[3]
-    if form == "rotor3" and not (32 <= size <= 1024 and size & (size - 1) == 0):
-        raise HaloError(
-            f"The KV form rotor3 needs heads of 32, 64, 128 ... 1024 elements, not {size}.", hint="use int8"
-        )
+    check_kv_form(form, shape[3])
     rows = [np.zeros(shape, dtype=_DTYPES[form]) for _ in range(2)]
     scales = [np.zeros(shape[:3], dtype=np.float32) for _ in range(2)]
     return Cache(form, rows[0], rows[1], scales[0], scales[1])
