@@ -13,6 +13,7 @@ from typing import Final
 from engine.errors import HaloError
 from engine.formats.gguf import GgufFile
 from engine.formats.htok import BYTE_OF, LETTER_OF, MAX_MERGES, MAX_VOCAB, Vocabulary
+from engine.formats.merges import difference
 
 PREFIX: Final = "tokenizer.ggml."
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -48,6 +49,10 @@ def gguf_vocabulary(file: GgufFile, size: int) -> tuple[Vocabulary, list[str]]:
     unused = {index for index, kind in enumerate(_types(file, size)) if kind == UNUSED}
     tokens = [_token(path, index, text, special, unused) for index, text in enumerate(texts)]
     merges = _merges(file, texts, special | unused)
+    # llama.cpp looks a whole word up first where the pre-tokeniser is Llama-3's.
+    why = difference(tokens, special | unused, merges, ignore_merges=True)
+    if why:
+        raise refused(path, why)
     ends = [_end(file, name, size, special) for name in ("bos", "eos")]
     vocabulary = Vocabulary(tokens, merges, ends[0], ends[1], sorted(special))
     try:

@@ -7,17 +7,16 @@ refused by name: wrong ids give fluent nonsense.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 from engine.errors import HaloError
 from engine.formats.hf_config import HfConfig, read_object, shown
 from engine.formats.htok import BYTE_OF, MAX_MERGES, MAX_VOCAB, Vocabulary
+from engine.formats.merges import difference
 from engine.tokenizer import LLAMA3_PATTERN, Tokenizer
 
 MAX_TOKENIZER: Final = 64 << 20
-MAX_WORK: Final = 100_000_000  # the sum of the squares of the tokens' lengths; Llama-3's is near 10 million
 _USE: Final = "use a model whose tokenizer is Llama-3's or of its kind"
 
 
@@ -40,7 +39,9 @@ def read_tokenizer(directory: Path, config: HfConfig) -> Vocabulary:
         raise _refused(path, f"{size} tokens are more than the {MAX_VOCAB} of .htok")
     tokens, special, ids = _tokens(path, data, model, size)
     merges = _merges(path, model, ids)
-    _check_same(path, tokens, special, merges, ignore_merges=bool(model.get("ignore_merges")))
+    why = difference(tokens, special, merges, ignore_merges=bool(model.get("ignore_merges")))
+    if why:
+        raise _refused(path, why)
     bos = _end(directory, "bos", config.bos, tokens, special)
     eos = _end(directory, "eos", config.eos, tokens, special)
     vocabulary = Vocabulary(tokens, merges, bos, eos, sorted(special))
@@ -146,54 +147,6 @@ def _merges(path: Path, model: dict[str, Any], ids: dict[str, int]) -> list[tupl
             raise _refused(path, f"its merge {rank} names a text that is no token")
         merges.append((ids[left], ids[right], ids[left + right]))
     return merges
-
-
-def _check_same(
-    path: Path,
-    tokens: list[bytes],
-    special: set[int],
-    merges: list[tuple[int, int, int]],
-    *,
-    ignore_merges: bool,
-) -> None:
-    """Refuse a vocabulary of which tiktoken gives other ids than the library; it proves that none does.
-
-    The library joins the pairs that are listed, tiktoken any two tokens that make a third. Whatever stands
-    around it, the bytes of a token pass through what they come to by themselves under all merges of lower
-    rank. So the two agree if for each token these are two parts, and the pair is listed. `ignore_merges`
-    looks a whole word up first, as tiktoken always does: then a token may also be one that no merge makes.
-    """
-    ranks = {token: i for i, token in enumerate(tokens) if token and i not in special}
-    listed = {(tokens[left], tokens[right]) for left, right, _ in merges}
-    made = {tokens[merged] for _, _, merged in merges}
-    if sum(len(token) ** 2 for token in ranks) > MAX_WORK:
-        raise _refused(path, "its tokens are longer than any language's")
-    for token, rank in ranks.items():
-        if len(token) == 1:
-            continue
-        parts = _parts_below(token, ranks, rank)
-        if token not in made and not ignore_merges:
-            raise _refused(path, f"no merge makes its token {rank}")
-        if len(parts) == 2:
-            if tuple(parts) not in listed:
-                raise _refused(path, f"its merges do not list the parts of token {rank}")
-        elif not ignore_merges:
-            raise _refused(path, f"its merges never come to token {rank}")
-        elif len(_parts_below(token, ranks, len(tokens))) < 3:
-            raise _refused(path, f"its token {rank} is merged out of turn")
-
-
-def _parts_below(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
-    """What byte-pair encoding makes of some bytes with the merges of rank below `limit`."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        joined = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
-        least = min(joined)
-        if least >= limit:
-            break
-        at = joined.index(least)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
 
 
 def _end(directory: Path, which: str, index: int | None, tokens: list[bytes], special: set[int]) -> int:

@@ -152,10 +152,6 @@ def _by_library(
             f"{reason.message.rstrip('.')}; the library tokenizers, which reads it, is not installed.",
             hint=error.hint,
         ) from error
-    except HaloError as error:
-        if (directory / JSON).exists():
-            raise reason from error
-        raise
     named = {name: _named(tokenizer, said[CONFIG], name) for name in ("bos", "eos")}
     eos = config.eos if config.eos is not None else named["eos"]
     bos = config.bos if config.bos is not None else named["bos"]

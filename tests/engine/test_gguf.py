@@ -482,7 +482,7 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
     "added text": (other("token_type", [4] * 272), "ordinary text"),
     "merges": (other("merges", [b"t h", b"zz y"]), "merge 1 names"),
     "no merges": (other("merges", None), "no list"),
-    "ranks": (other("merges", [b"th e", b"t h"]), "was merged after"),
+    "ranks": (other("merges", [b"th e", b"t h"]), "before one of lesser id"),
     "bos": (other("bos_token_id", None), "does not say its bos"),
     "eos": (other("eos_token_id", 7), "no special token"),
     "eos beyond": (other("eos_token_id", 4000000000), "does not say its eos"),

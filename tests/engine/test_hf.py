@@ -482,9 +482,9 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no byte": (lambda d: d["model"]["vocab"].pop("z"), "single bytes have no token"),
     "merge of nothing": (lambda d: d["model"]["merges"].append(["z", "z"]), "names a text that is no token"),
     "merge of three": (lambda d: d["model"]["merges"].append("a b c"), "no pair"),
-    "ranks beside the ids": (lambda d: d["model"]["merges"].reverse(), "was merged after"),
+    "ranks beside the ids": (lambda d: d["model"]["merges"].reverse(), "before one of lesser id"),
     "unreachable": (
-        lambda d: (d["model"].update(ignore_merges=False), d["model"]["merges"].pop()), "no merge makes"
+        lambda d: (d["model"].update(ignore_merges=False), d["model"]["merges"].pop()), "do not list the parts"
     ),
 }  # fmt: skip
 
