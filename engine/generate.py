@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 from engine.chat import stop_ids
 from engine.errors import HaloError
 from engine.locate import ModelCard, read_card
-from engine.sampling import Noise, SamplingParams, is_greedy, make_noise, sample
+from engine.sampling import (
+    Noise,
+    SamplingParams,
+    depth_of,
+    is_greedy,
+    is_narrowed,
+    make_noise,
+    sample,
+    scaled_noise,
+    settled,
+)
 from engine.speculate import (
     OFF,
     Drafter,
@@ -26,7 +36,13 @@ from engine.speculate import (
 )
 from engine.tokenizer import TextTokenizer, load_tokenizer
 
-PREFILL_CHUNK: Final = 64  # a cancelled request is noticed between chunks
+if TYPE_CHECKING:
+    from engine.backend import Drawn
+
+NEAR: Final = 2048  # tokens near the winner that are looked at; where more are, all are
+PREFILL_CHUNK: Final = (
+    96  # what one pass over the weights serves; a cancelled request is noticed between chunks
+)
 
 
 class ContextOverflow(HaloError):
@@ -55,6 +71,23 @@ class TokenSession(Protocol):
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
     ) -> list[int]:
         """As `run`, but the arg max of each wanted row alone, the lowest id on a tie."""
+        ...
+
+    def run_draw(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[bool],
+        noise: NDArray[np.float32],
+        depth: float = 0.0,
+        room: int = 0,
+    ) -> Sequence[Drawn]:
+        """As `run`, but the arg max of each wanted row + noise, and what is near it."""
+        ...
+
+    def logits_again(self, index: int) -> NDArray[np.float32]:
+        """Logits of the last run's wanted row number `index`."""
         ...
 
     def close(self) -> None: ...
@@ -280,10 +313,25 @@ class Engine:
             ids = self._session.run_argmax(*entries)
             self._cached.extend(tokens)
             return iter(ids)
-        logits = self._session.run(*entries)
-        self._cached.extend(tokens)
         first = start + n - wanted + 1
-        return (sample(row, params, noise, first + i) for i, row in enumerate(logits))
+        vocab = self.tokenizer.size
+        rows = np.empty((wanted, vocab), np.float32)
+        for i in range(wanted):
+            rows[i] = scaled_noise(noise, first + i, vocab, params.temperature)
+        narrowed = is_narrowed(params)
+        room = NEAR if narrowed else 0
+        drawn = self._session.run_draw(*entries, rows, depth_of(params), room)
+        self._cached.extend(tokens)
+        return (
+            one.token if not narrowed else self._narrow(one, i, first + i, params, noise)
+            for i, one in enumerate(drawn)
+        )
+
+    def _narrow(self, one: Drawn, index: int, position: int, params: SamplingParams, noise: Noise) -> int:
+        """The token that top-k and top-p leave: that of all if it is surely left, else from all logits."""
+        if one.ids is not None and one.logits is not None and settled(one.token, one.ids, one.logits, params):
+            return one.token
+        return sample(self._session.logits_again(index), params, noise, position)
 
 
 class _TextStream:

@@ -1,8 +1,12 @@
 """Logits to one token id: greedy, temperature, top-k, top-p, seeded; stop conditions are in generate.py.
 
-A token is a function of its logits, the seed, the number of the choice and its position in the sequence, and
-of nothing that was drawn before. So a seed gives the same tokens with speculation on or off, alone or in a
-batch, and a continuation that is taken up again at some position goes on as it would have gone on.
+A token is drawn by Gumbel's rule: of the tokens that top-k and then top-p leave, the one at which
+logit + temperature * noise is largest. With noise -log(exponential), one number a token of the vocabulary,
+this draws from the softmax of the logits over the temperature (E. J. Gumbel, 1954). The noise is a function
+of the seed, the number of the choice and the position alone, and of nothing that was drawn before. So a seed
+gives the same tokens with speculation on or off, alone or in a batch, and a continuation that is taken up
+again at some position goes on as it would have gone on. And the largest of many sums needs few of the logits
+(docs/exact-head.md): `settled` says whether those near the winner decide.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ from numpy.typing import NDArray
 
 from engine.errors import HaloError
 
-BLOCK: Final = 256  # weights that are summed together
 COLDEST: Final = 1e-6  # a temperature below would overflow; logits so near to each other are equal
+DEPTH: Final = 6.0  # temperatures
 FLOORS: Final = (0.05, 2.5e-3, 1e-4, 5e-6, 2.5e-7, 0.0)  # of the likeliest token's weight
 
 
@@ -49,20 +53,28 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Noise:
-    """The random numbers of one choice, one a position: counter-based, so each on its own."""
+    """The random numbers of one choice, a row a position: counter-based, so each on its own."""
 
-    key: bytes
+    key: int
 
-    def at(self, position: int) -> float:
-        """Uniform in [0, 1), with 53 bits, for the token at `position` of the sequence (the first has 0)."""
-        digest = hashlib.sha256(self.key + position.to_bytes(8, "little")).digest()
-        return (int.from_bytes(digest[:8], "little") >> 11) * 2.0**-53
+    def at(self, position: int, vocab: int) -> NDArray[np.float32]:
+        """Gumbel's distribution, [vocab], for the token at `position` of the sequence (the first has 0)."""
+        stream = np.random.Generator(np.random.Philox(key=self.key, counter=position << 128))
+        exponential = stream.standard_exponential(vocab).astype(np.float32)
+        np.maximum(exponential, np.float32(1e-30), out=exponential)  # 0 comes once in 2^53
+        return -np.log(exponential)
 
 
 def make_noise(seed: int | None, index: int = 0) -> Noise:
     """The random numbers of choice number `index` under `seed`; without one, the system draws it."""
     word = secrets.randbits(64) if seed is None else seed % 2**64  # OpenAI's is a signed 64-bit number
-    return Noise(b"halo" + word.to_bytes(8, "little") + index.to_bytes(8, "little"))
+    digest = hashlib.sha256(b"halo" + word.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
+    return Noise(int.from_bytes(digest[:16], "little"))
+
+
+def scaled_noise(noise: Noise, position: int, vocab: int, temperature: float) -> NDArray[np.float32]:
+    """What is added to the logits: the noise times the temperature, float32 [vocab]."""
+    return noise.at(position, vocab) * np.float32(max(temperature, COLDEST))
 
 
 def is_greedy(params: SamplingParams) -> bool:
@@ -80,49 +92,58 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, noise: Noise, po
         )
     if is_greedy(params):
         return best
-    weights = _weights(logits, best, params.temperature)
-    if params.top_k == 0 and params.top_p == 1.0:
-        return _draw(weights, noise.at(position))
-    order, cumulative = _likeliest(logits, weights, params)
-    return int(order[_passes(cumulative, noise.at(position) * float(cumulative[-1]))])
+    values = logits + scaled_noise(noise, position, len(logits), params.temperature)
+    if not is_narrowed(params):
+        return int(np.argmax(values))
+    order = _likeliest(logits, _weights(logits, best, params.temperature), params)
+    return int(order[np.lexsort((order, -values[order]))[0]])
+
+
+def is_narrowed(params: SamplingParams) -> bool:
+    """Whether top-k or top-p leave tokens out."""
+    return params.top_k > 0 or params.top_p < 1.0
+
+
+def depth_of(params: SamplingParams) -> float:
+    """How far below the largest logit `settled` should see: what lies deeper has 1/400 of its weight."""
+    return DEPTH * max(params.temperature, COLDEST)
+
+
+def settled(token: int, ids: NDArray[np.int32], logits: NDArray[np.float32], params: SamplingParams) -> bool:
+    """Whether `token`, the winner among all, is certainly one that top-k and top-p leave.
+
+    ids rising, and their logits: every token whose logit is at least the winner's is among them. The winner
+    among all is the winner among those that are left, if it is left; else the others have to be known.
+    """
+    own = logits[np.searchsorted(ids, token)]
+    before = (logits > own) | ((logits == own) & (ids < token))
+    if params.top_k and np.count_nonzero(before) >= params.top_k:
+        return False
+    if params.top_p == 1.0:
+        return True
+    # The whole is at least what is seen of it. A little off, since sums differ in the last bits.
+    weights = _weights(logits, int(np.argmax(logits)), params.temperature)
+    seen = float(np.sort(weights)[-params.top_k :].sum(dtype=np.float64))
+    return float(weights[before].sum(dtype=np.float64)) < params.top_p * seen * (1 - 1e-9)
 
 
 def _weights(logits: NDArray[np.float32], best: int, temperature: float) -> NDArray[np.float32]:
-    """exp((logit - best logit) / temperature), f32, with zeros after them up to a multiple of BLOCK."""
-    weights = np.zeros(-(-len(logits) // BLOCK) * BLOCK, np.float32)
+    """exp((logit - best logit) / temperature), float32."""
     with np.errstate(over="ignore", under="ignore"):
-        scaled = (logits - logits[best]) / np.float32(max(temperature, COLDEST))
-        np.exp(scaled, out=weights[: len(logits)])
+        weights: NDArray[np.float32] = np.exp((logits - logits[best]) / np.float32(max(temperature, COLDEST)))
     return weights
-
-
-def _draw(weights: NDArray[np.float32], uniform: float) -> int:
-    """The id where the running sum of the weights passes `uniform` of the whole: by blocks, then in one."""
-    blocks = weights.reshape(-1, BLOCK)
-    sums = np.cumsum(blocks.sum(axis=1), dtype=np.float64)
-    target = uniform * float(sums[-1])
-    block = _passes(sums, target)
-    within = np.cumsum(blocks[block], dtype=np.float64)
-    return block * BLOCK + _passes(within, target - (float(sums[block - 1]) if block else 0.0))
-
-
-def _passes(running: NDArray[np.float64], target: float) -> int:
-    """The first place above `target`; where rounding put the target at the end, the last that adds to it."""
-    last = int(np.searchsorted(running, running[-1], side="left"))
-    return min(int(np.searchsorted(running, target, side="right")), last)
 
 
 def _likeliest(
     logits: NDArray[np.float32], weights: NDArray[np.float32], params: SamplingParams
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The ids that top_k and then top_p leave, the likeliest first, and the running sum of their weights.
+) -> NDArray[np.int64]:
+    """The ids that top_k and then top_p leave, the likeliest first.
 
     A vocabulary is never sorted: those above a falling floor are, until they are enough.
     """
-    vocab = len(logits)
     total = float(weights.sum(dtype=np.float64))
     for floor in FLOORS:
-        near = np.flatnonzero(weights[:vocab] >= np.float32(floor))
+        near = np.flatnonzero(weights >= np.float32(floor))
         if len(near) >= params.top_k > 0:
             break
         if not params.top_k and float(weights[near].sum(dtype=np.float64)) >= params.top_p * total:
@@ -135,8 +156,8 @@ def _likeliest(
     if params.top_p < 1.0:
         enough = params.top_p * (float(cumulative[-1]) if params.top_k else total)
         kept = int(np.searchsorted(cumulative, enough, side="left")) + 1
-        order, cumulative = order[:kept], cumulative[:kept]
-    return order, cumulative
+        order = order[:kept]
+    return order
 
 
 def _require(condition: bool, sentence: str) -> None:

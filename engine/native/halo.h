@@ -16,7 +16,7 @@ extern "C" {
 
 #define HALO_API __attribute__((visibility("default")))
 
-#define HALO_ABI_VERSION 2u
+#define HALO_ABI_VERSION 3u
 
 typedef enum halo_status {
   HALO_OK = 0,
@@ -82,13 +82,21 @@ HALO_API halo_status halo_session_run(halo_session *session, int32_t n, const in
                                       const int32_t *positions, const uint8_t *want, uint32_t flags, float *logits,
                                       size_t logits_count, int32_t *ids, size_t ids_count);
 
-/* As halo_session_run, but of each wanted entry i the tokens whose logit is at least the largest less margins[i]:
- * of the k-th wanted entry found[k] ids, rising, at ids + k * room with their logits at logits + k * room. Every other
- * token is certain to be below. found[k] is -1 where they are more than `room`. `count` is the room in ids and in
- * logits, in elements. The logits are those of halo_session_run. */
-HALO_API halo_status halo_session_near(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
-                                       const int32_t *positions, const uint8_t *want, const float *margins, size_t room,
-                                       int32_t *ids, float *logits, size_t count, int32_t *found);
+/* As halo_session_run, but of each wanted entry the token at which logit + noise is largest, the lowest id on a tie.
+ * noise: vocab_size floats for each wanted entry (with those of Gumbel, times the temperature, a draw from the softmax).
+ * Also what is near: the tokens whose logit is at least the winner's, or within `depth` of one of the largest, rising,
+ * with their logits: found[k] of the k-th wanted entry at ids + k * room and logits + k * room; found[k] is -1 where
+ * they are more than `room`, and where room is 0. Every other token's logit is certain to be below the winner's.
+ * wanted_count is the room in winners, noise (in rows), found, ids and logits (in rows of `room`). */
+HALO_API halo_status halo_session_draw(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
+                                       const int32_t *positions, const uint8_t *want, const float *noise, float depth,
+                                       size_t room, size_t wanted_count, int32_t *winners, int32_t *found, int32_t *ids,
+                                       float *logits);
+
+/* All logits of the k-th entry that the last run wanted: what halo_session_run would have written. Only after a run that
+ * ended well and had at most HALO_AGAIN entries. */
+#define HALO_AGAIN 96
+HALO_API halo_status halo_session_logits(halo_session *session, int32_t k, float *logits, size_t logits_count);
 
 /* One ternary product on its own, so that the exactness of a path can be checked from outside.
  * codes: the tiles of engine/formats/tiles.py; x: int8 [tokens][cols]; sums: int32 [tokens][rows] = sum over j of

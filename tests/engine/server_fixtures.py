@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from engine.backend import Drawn
 from engine.generate import Engine
 from engine.locate import Home, ModelCard
 from engine.server.app import build_app
@@ -84,7 +85,37 @@ def byte_tokens(data: bytes) -> list[int]:
     return [FIRST_BYTE + b for b in data]
 
 
-class ScriptedSession:
+class FullLogits:
+    """The other calls of a session, from its `run`."""
+
+    rows: np.ndarray
+    run: Callable[..., np.ndarray]
+
+    def run_argmax(self, *entries: Sequence[int]) -> list[int]:
+        return [int(token) for token in self.run(*entries).argmax(axis=1)]
+
+    def run_draw(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        want: Sequence[bool],
+        noise: np.ndarray,
+        depth: float = 0.0,
+        room: int = 0,
+    ) -> list[Drawn]:
+        self.rows = self.run(tokens, slots, positions, want)
+        drawn = []
+        for row, winner in zip(self.rows, (self.rows + noise).argmax(axis=1), strict=True):
+            near = np.flatnonzero(row >= min(row[winner], row.max() - depth)).astype(np.int32)
+            drawn.append(Drawn(int(winner), near, row[near]) if len(near) <= room else Drawn(int(winner)))
+        return drawn
+
+    def logits_again(self, index: int) -> np.ndarray:
+        return self.rows[index]
+
+
+class ScriptedSession(FullLogits):
     """Emits `script` after every prompt, over and over; checks that positions never leave a hole.
 
     What comes depends on the position alone, so wrong drafts may be verified and written over.
@@ -126,14 +157,11 @@ class ScriptedSession:
             row[self.script[(position - self._prompt_end) % len(self.script)]] = 9.0
         return logits
 
-    def run_argmax(self, *entries: Sequence[int]) -> list[int]:
-        return [int(token) for token in self.run(*entries).argmax(axis=1)]
-
     def close(self) -> None:
         self.closed = True
 
 
-class HashSession:
+class HashSession(FullLogits):
     """Logits that depend on every token before: a wrong or stale KV entry changes the answer."""
 
     def __init__(self, vocab: int = TOKENIZER.size) -> None:
@@ -155,9 +183,6 @@ class HashSession:
                 rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
                 rows.append(rng.standard_normal(self.vocab).astype(np.float32) * 3)
         return np.array(rows, np.float32).reshape(-1, self.vocab)
-
-    def run_argmax(self, *entries: Sequence[int]) -> list[int]:
-        return [int(token) for token in self.run(*entries).argmax(axis=1)]
 
     def close(self) -> None:
         pass

@@ -214,32 +214,63 @@ def test_a_slot_can_be_rewound_even_within_one_batch(plain: NativeModel, expecte
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_near_gives_every_token_within_the_margin_and_no_other(
+def test_a_draw_is_that_of_all_logits_and_what_is_near_is_all_that_is(
     files: dict[str, Path], expected: dict[str, Any], native_library: Path, cpu_paths: list[str], shape: str
 ) -> None:
     """A sampler that never sees a likely token samples from another distribution than the model's."""
     tokens, logits = expected[shape]
-    margins = np.linspace(0, 3, LENGTH).astype(np.float32)
+    rng = np.random.default_rng(4)
+    noise = (rng.gumbel(size=logits.shape) * rng.choice([0, 0.01, 0.3, 5], (LENGTH, 1))).astype(np.float32)
     with NativeModel.open(files[shape], native_library) as model:
         for path in cpu_paths:
             with model.session(path=path, threads=2) as session:
-                rows = session.run_near(
-                    tokens, [0] * LENGTH, range(LENGTH), [True] * LENGTH, margins.tolist(), room=4096
-                )
-            for row, want, margin in zip(rows, logits, margins, strict=True):
-                assert row is not None
-                inside = np.flatnonzero(want >= want.max() - margin)
-                assert np.array_equal(row[0], inside) and np.array_equal(row[1], want[inside])
+                entries = (tokens, [0] * LENGTH, range(LENGTH), [True] * LENGTH)
+                rows = session.run_draw(*entries, noise, depth=0.2, room=4096)
+                again = session.logits_again(LENGTH - 1)
+                assert [row.token for row in session.run_draw(*entries, noise)] == [row.token for row in rows]
+            assert np.array_equal(again, logits[-1])
+            for (token, ids, near), want, own in zip(rows, logits, noise, strict=True):
+                assert token == (want + own).argmax() and ids is not None
+                certain = np.flatnonzero(want >= min(want[token], want.max() - 0.2))
+                assert set(certain) <= set(ids) and np.array_equal(near, want[ids])
+                assert np.array_equal(ids, np.flatnonzero(want >= near.min()))
 
 
-def test_near_says_when_there_is_no_room(plain: NativeModel) -> None:
+def test_a_tie_between_sums_goes_to_the_lowest_id(plain: NativeModel) -> None:
     with plain.session() as session:
-        assert session.run_near([1], [0], [0], [True], [1e9], room=299) == [None]
-        row = session.run_near([1], [0], [0], [True], [1e9], room=300)[0]
-        assert row is not None and row[0].tolist() == list(range(300))
-        for margin in (-1.0, float("nan")):
-            with pytest.raises(HaloError, match="margin"):
-                session.run_near([1], [0], [0], [True], [margin])
+        logits = session.run([1], [0], [0], [True])[0]
+        noise = np.float32(2.0**20) - logits  # every sum is the same number, or rounds to it
+        want = int((logits + noise).argmax())
+        assert [row.token for row in session.run_draw([1], [0], [0], [True], noise[None])] == [want]
+
+
+def test_a_draw_says_when_there_is_no_room(plain: NativeModel) -> None:
+    with plain.session() as session:
+        entries = ([1], [0], [0], [True], np.zeros((1, 300), np.float32))
+        assert session.run_draw(*entries, depth=1e9, room=299)[0].ids is None
+        ids = session.run_draw(*entries, depth=1e9, room=300)[0].ids
+        assert ids is not None and ids.tolist() == list(range(300))
+        for depth in (-1.0, float("nan")):
+            with pytest.raises(HaloError, match="depth"):
+                session.run_draw(*entries, depth=depth)
+        with pytest.raises(HaloError, match="shape"):
+            session.run_draw([1], [0], [0], [True], np.zeros((1, 299), np.float32))
+
+
+def test_logits_are_given_again_only_for_the_run_just_made(plain: NativeModel) -> None:
+    """Those of another run, taken for this one's, would draw a token that the model did not mean."""
+    with plain.session(context=128) as session:
+        with pytest.raises(HaloError, match="there is no number 0"):
+            session.logits_again(0)
+        rows = session.run([1, 2, 3], [0] * 3, range(3), [False, True, True])
+        assert np.array_equal(session.logits_again(0), rows[0])
+        assert np.array_equal(session.logits_again(1), rows[1])
+        for index in (-1, 2):
+            with pytest.raises(HaloError, match="there is no number"):
+                session.logits_again(index)
+        session.run_argmax([1] * 100, [0] * 100, range(100), [False] * 99 + [True])
+        with pytest.raises(HaloError, match="there is no number"):
+            session.logits_again(0)
 
 
 def test_only_wanted_rows_come_back_in_order(plain: NativeModel, expected: dict[str, Any]) -> None:

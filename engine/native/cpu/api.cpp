@@ -169,21 +169,30 @@ halo_status halo_session_run(halo_session *session, int32_t n, const int32_t *to
     for (int i = 0; i < n; ++i) wanted |= want[i] != 0;
     need(!wanted || (argmax ? (void *)ids : (void *)logits), "the array for the results is NULL");
     session->session.run({n, tokens, slots, positions, want, argmax ? nullptr : logits, logits_count,
-                          argmax ? ids : nullptr, ids_count, nullptr, 0, nullptr});
+                          argmax ? ids : nullptr, ids_count, nullptr, 0});
   });
 }
 
-halo_status halo_session_near(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
-                              const int32_t *positions, const uint8_t *want, const float *margins, size_t room,
-                              int32_t *ids, float *logits, size_t count, int32_t *found) {
+halo_status halo_session_draw(halo_session *session, int32_t n, const int32_t *tokens, const int32_t *slots,
+                              const int32_t *positions, const uint8_t *want, const float *noise, float depth,
+                              size_t room, size_t wanted_count, int32_t *winners, int32_t *found, int32_t *ids,
+                              float *logits) {
   return guarded([&] {
     need(session != nullptr, "session is NULL");
     need(n >= 0, "n is negative");
     need(n == 0 || (tokens && slots && positions && want), "tokens, slots, positions or want is NULL");
-    need(n == 0 || (margins && ids && logits && found), "margins, ids, logits or found is NULL");
-    need(room > 0, "room is 0");
-    for (int i = 0; i < n; ++i) need(margins[i] >= 0, "a margin is below zero or no number");
-    session->session.run({n, tokens, slots, positions, want, logits, count, ids, count, margins, room, found});
+    need(n == 0 || (noise && winners && found), "noise, winners or found is NULL");
+    need(n == 0 || room == 0 || (ids && logits), "ids or logits is NULL");
+    need(depth >= 0, "the depth is below zero or no number");
+    halo::Draw draw = {noise, depth, room, winners, found, ids, logits};
+    session->session.run({n, tokens, slots, positions, want, nullptr, 0, nullptr, 0, &draw, wanted_count});
+  });
+}
+
+halo_status halo_session_logits(halo_session *session, int32_t k, float *logits, size_t logits_count) {
+  return guarded([&] {
+    need(session && logits, "session or logits is NULL");
+    session->session.logits_again(k, logits, logits_count);
   });
 }
 

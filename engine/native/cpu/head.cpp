@@ -36,8 +36,7 @@ Head::Head(const Model &model, const Kernels &kernels, Pool &pool)
       upper_(kAtOnce, (size_t)rows_),
       tokens_(kAtOnce),
       seen_((size_t)kAtOnce * items_),
-      threshold_(kAtOnce),
-      best_((size_t)items_, std::max(kItemRows, kAtOnce)),
+      best_((size_t)items_, kItemRows),
       kept_((size_t)items_) {}
 
 bool Head::all(const float *x, int stride, int count, float *logits) {
@@ -90,7 +89,7 @@ CoarseToken Head::coarse_token(const float *x, int32_t *packed, int count) {
   return token;
 }
 
-// The bounds of every logit, and for each token a logit that is certain to be reached.
+// The bounds of every logit, and what looks best.
 void Head::look(const float *x, int stride, int count) {
   auto packed = [&](int first) { return &packed_[(size_t)first * 2 * groups_]; };
   pool_.each(count, [&](int t, int) {
@@ -115,87 +114,115 @@ void Head::look(const float *x, int stride, int count) {
       }
     }
   });
-  for (int t = 0; t < count; ++t) raise(x + (size_t)t * stride, t);
 }
 
-void Head::raise(const float *x, int t) {
-  const CoarseBest *seen = &seen_[(size_t)t * items_], *top = seen;
-  float certain = seen->certain;
-  for (int item = 1; item < items_; ++item) {
-    certain = std::max(certain, seen[item].certain);
-    if (seen[item].seen > top->seen) top = &seen[item];
+// The row that looks best of all.
+const CoarseBest &Head::top(int t) const {
+  const CoarseBest *seen = &seen_[(size_t)t * items_], *best = seen;
+  for (int item = 1; item < items_; ++item)
+    if (seen[item].seen > best->seen) best = &seen[item];
+  return *best;
+}
+
+// A value (logit + noise) that is certain to be reached: the exact one where the bounds leave most room.
+float Head::certain(const float *x, int t, const float *noise) {
+  if (!noise) {
+    float least = exact(x, top(t).row);
+    for (int item = 0; item < items_; ++item) least = std::max(least, seen_[(size_t)t * items_ + item].certain);
+    return least;
   }
-  threshold_[t] = std::max(certain, exact(x, top->row));
+  pool_.each(items_, [&](int item, int) {
+    int first = item * kItemRows, end = std::min(first + kItemRows, vocab_);
+    Best best = {-std::numeric_limits<float>::infinity(), first};
+    for (int id = first; id < end; ++id)
+      if (upper(t, id) + noise[id] > best.value) best = {upper(t, id) + noise[id], id};
+    best_[item] = best;
+  });
+  Best best = best_[0];
+  for (int item = 1; item < items_; ++item)
+    if (best_[item].value > best.value) best = best_[item];
+  return exact(x, best.id) + noise[best.id];
 }
 
-// The largest exact logit of an item's rows; a logit of minus infinity if none can reach the threshold.
-Head::Best Head::best_of(const float *x, int t, int item) const {
+// The largest value of an item's rows that can reach the threshold; without an id if none can.
+Head::Best Head::best_of(const float *x, int t, int item, const float *noise) const {
   Best best = {-std::numeric_limits<float>::infinity(), -1};
   int first = item * kItemRows, end = std::min(first + kItemRows, vocab_);
   for (int id = first; id < end; ++id) {
-    if (upper(t, id) < threshold_[t]) continue;  // an upper bound that is no number excludes nothing
+    float own = noise ? noise[id] : 0.0f;
+    if (upper(t, id) + own < threshold_) continue;  // an upper bound that is no number excludes nothing
     float logit = exact(x, id);
-    if (best.id < 0 || logit > best.logit || !finite_bits(logit)) best = {logit, id};
-    if (!finite_bits(logit)) break;
+    if (!finite_bits(logit)) return {logit, id};
+    if (best.id < 0 || logit + own > best.value) best = {logit + own, id};
   }
   return best;
 }
 
-bool Head::largest(const float *x, int stride, int count, int32_t *ids) {
+// The token of the largest value; -1 if a logit is not finite.
+int32_t Head::winner(const float *x, int t, const float *noise) {
+  threshold_ = certain(x, t, noise);
+  pool_.each(items_, [&](int item, int) { best_[item] = best_of(x, t, item, noise); });
+  Best best = {0, -1};
+  for (int item = 0; item < items_; ++item) {
+    if (best_[item].id < 0) continue;
+    if (!finite_bits(best_[item].value)) return -1;
+    if (best.id < 0 || best_[item].value > best.value) best = best_[item];
+  }
+  return best.id;
+}
+
+bool Head::largest(const float *x, int stride, int count, const float *noise, int32_t *ids) {
   for (int start = 0; start < count; start += kAtOnce) {
     int some = std::min(kAtOnce, count - start);
     const float *rows = x + (size_t)start * stride;
     look(rows, stride, some);
-    pool_.each(items_ * some, [&](int i, int) {
-      int t = i / items_;
-      best_[i] = best_of(rows + (size_t)t * stride, t, i % items_);
-    });
     for (int t = 0; t < some; ++t) {
-      Best best = {0, -1};
-      for (int item = 0; item < items_; ++item) {
-        const Best &own = best_[(size_t)t * items_ + item];
-        if (own.id < 0) continue;
-        if (!finite_bits(own.logit)) return false;
-        if (best.id < 0 || own.logit > best.logit) best = own;
-      }
-      if (best.id < 0) return false;
-      ids[start + t] = best.id;
+      ids[start + t] = winner(rows + (size_t)t * stride, t, noise ? noise + (size_t)(start + t) * vocab_ : nullptr);
+      if (ids[start + t] < 0) return false;
     }
   }
   return true;
 }
 
-bool Head::near(const float *x, int stride, int count, const float *margin, size_t room, int32_t *ids, float *logits,
-                int32_t *found) {
+bool Head::draw(const float *x, int stride, int count, const Draw &draw) {
   for (int t = 0; t < count; ++t) {
     const float *row = x + (size_t)t * stride;
-    int32_t top;
-    if (!largest(row, stride, 1, &top)) return false;
-    float least = exact(row, top) - margin[t];
-    std::atomic<size_t> total{0};
-    std::atomic<bool> finite{true};
-    pool_.each(items_, [&](int item, int) {
-      int first = item * kItemRows, end = std::min(first + kItemRows, vocab_), count = 0;
-      for (int id = first; id < end && total <= room; ++id) {
-        if (upper(0, id) < least) continue;
-        float logit = exact(row, id);
-        if (!finite_bits(logit)) finite = false;
-        if (logit < least) continue;
-        best_[(size_t)item * kItemRows + count++] = {logit, id};
-        ++total;
-      }
-      kept_[item] = count;
-    });
-    if (!finite) return false;
-    found[t] = total > room ? -1 : (int32_t)total;
-    if (total > room) continue;
-    size_t at = (size_t)t * room;
-    for (int item = 0; item < items_; ++item)
-      for (int i = 0; i < kept_[item]; ++i, ++at) {
-        const Best &own = best_[(size_t)item * kItemRows + i];
-        ids[at] = own.id, logits[at] = own.logit;
-      }
+    look(row, stride, 1);
+    draw.winners[t] = winner(row, 0, draw.noise + (size_t)t * vocab_);
+    draw.found[t] = -1;
+    if (draw.winners[t] < 0) return false;
+    if (!draw.room) continue;
+    float least = std::min(exact(row, draw.winners[t]), exact(row, top(0).row) - draw.depth);
+    size_t at = (size_t)t * draw.room;
+    if (!near(row, 0, least, draw.room, draw.ids + at, draw.logits + at, &draw.found[t])) return false;
   }
+  return true;
+}
+
+// Every token whose logit is at least `least`, rising; -1 in `found` where they are more than `room`.
+bool Head::near(const float *x, int t, float least, size_t room, int32_t *ids, float *logits, int32_t *found) {
+  std::atomic<size_t> total{0};
+  std::atomic<bool> finite{true};
+  pool_.each(items_, [&](int item, int) {
+    int first = item * kItemRows, end = std::min(first + kItemRows, vocab_), count = 0;
+    for (int id = first; id < end && total <= room; ++id) {
+      if (upper(t, id) < least) continue;
+      float logit = exact(x, id);
+      if (!finite_bits(logit)) finite = false;
+      if (logit < least) continue;
+      best_[(size_t)item * kItemRows + count++] = {logit, id};
+      ++total;
+    }
+    kept_[item] = count;
+  });
+  if (!finite) return false;
+  *found = total > room ? -1 : (int32_t)total;
+  if (total > room) return true;
+  for (int item = 0; item < items_; ++item)
+    for (int i = 0; i < kept_[item]; ++i) {
+      const Best &own = best_[(size_t)item * kItemRows + i];
+      *ids++ = own.id, *logits++ = own.value;
+    }
   return true;
 }
 

@@ -10,6 +10,15 @@
 
 namespace halo {
 
+// Of each row: the noise, the winner, and what is near. See halo_session_draw.
+struct Draw {
+  const float *noise;
+  float depth;
+  size_t room;
+  int32_t *winners, *found, *ids;
+  float *logits;
+};
+
 class Head {
  public:
   Head(const Model &model, const Kernels &kernels, Pool &pool);
@@ -19,25 +28,26 @@ class Head {
   // logits[t * vocab + id]
   bool all(const float *x, int stride, int count, float *logits);
 
-  // ids[t]: the arg max, the lowest id on a tie.
-  bool largest(const float *x, int stride, int count, int32_t *ids);
+  // ids[t]: the arg max of logit + noise[t * vocab + id], of the logit alone without noise; the lowest id on a tie.
+  bool largest(const float *x, int stride, int count, const float *noise, int32_t *ids);
 
-  // Every token whose logit is at least the largest less margin[t], by rising id: ids and logits at t * room, their
-  // number in found[t]; where they are more than `room`, found[t] is -1.
-  bool near(const float *x, int stride, int count, const float *margin, size_t room, int32_t *ids, float *logits,
-            int32_t *found);
+  // The same with noise, and what is near: see halo_session_draw.
+  bool draw(const float *x, int stride, int count, const Draw &draw);
 
  private:
   struct Best {
-    float logit;
+    float value;  // logit + noise
     int32_t id;
   };
 
   void look(const float *x, int stride, int count);
   CoarseToken coarse_token(const float *x, int32_t *packed, int count);
   float exact(const float *x, int id) const;
-  Best best_of(const float *x, int t, int item) const;
-  void raise(const float *x, int t);
+  const CoarseBest &top(int t) const;
+  float certain(const float *x, int t, const float *noise);
+  Best best_of(const float *x, int t, int item, const float *noise) const;
+  int32_t winner(const float *x, int t, const float *noise);
+  bool near(const float *x, int t, float least, size_t room, int32_t *ids, float *logits, int32_t *found);
   float &upper(int t, int id) { return upper_[(size_t)t * rows_ + id]; }
   float upper(int t, int id) const { return const_cast<Buffer<float> &>(upper_)[(size_t)t * rows_ + id]; }
 
@@ -49,8 +59,8 @@ class Head {
   Buffer<float> upper_;  // [token][row]: what no logit can exceed
   std::vector<CoarseToken> tokens_;
   std::vector<CoarseBest> seen_;  // [token][item]
-  std::vector<float> threshold_;  // a logit that is certain to be reached
-  Buffer<Best> best_;             // [token][item], or [item][row of it]
+  float threshold_ = 0;
+  Buffer<Best> best_;             // [item], or [item][row of it]
   std::vector<int> kept_;         // of an item's rows
 };
 

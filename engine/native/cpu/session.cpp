@@ -11,7 +11,7 @@
 namespace halo {
 namespace {
 
-const int kChunk = 96;  // tokens that share one pass over the weights: whole tiles, whose activations L2 can hold
+const int kChunk = HALO_AGAIN;  // tokens that share one pass over the weights: whole tiles, whose activations L2 can hold
 
 float from_bf16(uint16_t half) {
   uint32_t bits = (uint32_t)half << 16;
@@ -85,12 +85,11 @@ void Session::check(const Batch &batch) const {
     lengths[slot] = position + 1;
     wanted += batch.want[i] != 0;
   }
-  size_t each = batch.margin ? batch.room : batch.logits ? (size_t)model_->config.vocab_size : 0;
-  if (each && wanted > batch.logits_count / each)
+  if (batch.logits && wanted > batch.logits_count / (size_t)model_->config.vocab_size)
     throw Failure(HALO_INVALID, "%zu rows of logits do not fit into room for %zu floats", wanted, batch.logits_count);
-  each = batch.margin ? batch.room : batch.ids ? 1 : 0;
-  if (each && wanted > batch.ids_count / each)
-    throw Failure(HALO_INVALID, "%zu results do not fit into room for %zu ids", wanted, batch.ids_count);
+  if ((batch.ids && wanted > batch.ids_count) || (batch.draw && wanted > batch.draw_count))
+    throw Failure(HALO_INVALID, "%zu results do not fit into room for %zu", wanted,
+                  batch.draw ? batch.draw_count : batch.ids_count);
 }
 
 void Session::run(const Batch &batch) {
@@ -99,21 +98,35 @@ void Session::run(const Batch &batch) {
   check(batch);
   DefaultRounding rounding;
   not_finite_ = false;
+  kept_ = 0;
   size_t done = 0;
   for (int start = 0; start < batch.n;) {
     int end = chunk_end(batch, start);
     forward(batch, start, end);
     int wanted = gather_wanted(batch, start, end);
-    if (wanted) head(batch, start, wanted, done);
+    if (wanted) head(batch, wanted, done);
     done += wanted;
     for (int i = start; i < end; ++i) lengths_[batch.slots[i]] = batch.positions[i] + 1;
+    bool first = start == 0;
     start = end;
     if (not_finite_) {
       for (int i = 0; i < batch.n; ++i)
         lengths_[batch.slots[i]] = std::min(lengths_[batch.slots[i]], batch.positions[i]);
       throw Failure(HALO_NUMERIC, "an activation is not finite: the model's weights are damaged");
     }
+    if (first && end == batch.n) kept_ = wanted;
   }
+}
+
+void Session::logits_again(int k, float *logits, size_t count) {
+  std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
+  if (!lock.owns_lock()) throw Failure(HALO_BUSY, "the session is running in another thread");
+  if (k < 0 || k >= kept_) throw Failure(HALO_INVALID, "the last run left %d hidden states, there is no number %d", kept_, k);
+  if (count < (size_t)model_->config.vocab_size)
+    throw Failure(HALO_INVALID, "a row of logits does not fit into room for %zu floats", count);
+  DefaultRounding rounding;
+  if (!head_.all(&normed_[(size_t)k * hidden_row_], hidden_row_, 1, logits))
+    throw Failure(HALO_NUMERIC, "a logit is not finite: the model's weights are damaged");
 }
 
 // A chunk ends where a slot is rewound: its keys up to there are still needed by the tokens before.
@@ -195,18 +208,19 @@ int Session::gather_wanted(const Batch &batch, int start, int end) {
   return wanted;
 }
 
-void Session::head(const Batch &batch, int start, int wanted, size_t done) {
+void Session::head(const Batch &batch, int wanted, size_t done) {
+  const size_t vocab = (size_t)model_->config.vocab_size;
   bool finite;
-  if (batch.margin) {
-    float margin[kChunk];
-    for (int i = start, t = 0; t < wanted; ++i)
-      if (batch.want[i]) margin[t++] = batch.margin[i];
-    finite = head_.near(normed_.get(), hidden_row_, wanted, margin, batch.room, batch.ids + done * batch.room,
-                        batch.logits + done * batch.room, batch.found + done);
+  if (batch.draw) {
+    const Draw &d = *batch.draw;
+    size_t near = done * d.room;
+    finite = head_.draw(normed_.get(), hidden_row_, wanted,
+                        {d.noise + done * vocab, d.depth, d.room, d.winners + done, d.found + done,
+                         d.room ? d.ids + near : nullptr, d.room ? d.logits + near : nullptr});
   } else if (batch.logits) {
-    finite = head_.all(normed_.get(), hidden_row_, wanted, batch.logits + done * (size_t)model_->config.vocab_size);
+    finite = head_.all(normed_.get(), hidden_row_, wanted, batch.logits + done * vocab);
   } else {
-    finite = head_.largest(normed_.get(), hidden_row_, wanted, batch.ids + done);
+    finite = head_.largest(normed_.get(), hidden_row_, wanted, nullptr, batch.ids + done);
   }
   if (!finite) not_finite_ = true;
 }

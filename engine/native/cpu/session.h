@@ -16,8 +16,8 @@
 
 namespace halo {
 
-// What a run is asked for; the arrays are the caller's. Results of the i-th wanted entry: all logits, or the arg max, or
-// (where `margin` is given) the ids and logits near the largest.
+// What a run is asked for; the arrays are the caller's. Results of each wanted entry: all logits, or the arg max, or what
+// `draw` has.
 struct Batch {
   int n;
   const int32_t *tokens, *slots, *positions;
@@ -26,9 +26,8 @@ struct Batch {
   size_t logits_count;
   int32_t *ids;
   size_t ids_count;
-  const float *margin;  // for each entry
-  size_t room;          // ids and logits for each wanted entry
-  int32_t *found;
+  const Draw *draw;
+  size_t draw_count;  // wanted entries that its arrays have room for
 };
 
 class Session {
@@ -37,6 +36,7 @@ class Session {
           KvForm kv);
 
   void run(const Batch &batch);  // throws Failure
+  void logits_again(int k, float *logits, size_t count);  // throws Failure
   std::string facts();
 
  private:
@@ -48,7 +48,7 @@ class Session {
   void feed_forward(int index, int count);
   void quantize(const float *x, int stride, const float *norm, int n, int count);
   int gather_wanted(const Batch &batch, int start, int end);
-  void head(const Batch &batch, int start, int wanted, size_t done);
+  void head(const Batch &batch, int wanted, size_t done);
 
   std::shared_ptr<const Model> model_;
   const Kernels &kernels_;
@@ -58,6 +58,7 @@ class Session {
   std::mutex running_;
   std::vector<int32_t> lengths_;  // tokens in each slot
   bool not_finite_ = false;
+  int kept_ = 0;  // rows of normed_ that are the last run's wanted entries
   Attention attention_;
   Quantized quantized_;
   Head head_;

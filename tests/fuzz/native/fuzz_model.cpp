@@ -1,6 +1,6 @@
 // libFuzzer over the native engine: a prepared file that lies, opened, and decoded a little where it is taken.
 // The input is tests/fuzz/target.py's `sparse` form. Flags: 1 checksums of header and directory made anew, 2 those of
-// the tensors too, 8 the plain path, 16 two threads, 32 and 64 the form of the KV cache.
+// the tensors too, 4 and 8 another path than the best, 16 two threads, 32 and 64 the form of the KV cache.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -79,7 +79,12 @@ void decode(halo_model *model, uint8_t flags) {
   expect(halo_model_config(model, &c) == HALO_OK, "config");
   int context = std::min(c.max_seq_len, 20);
   halo_session *session;
-  const char *path = flags & 8 ? "scalar" : nullptr;
+#if defined(__x86_64__)
+  const char *const second = "avx2";
+#else
+  const char *const second = "neon";
+#endif
+  const char *path = flags & 8 ? "scalar" : flags & 4 ? second : nullptr;
   if (!taken(halo_session_create(model, 2, context, flags & 16 ? 2 : 1, path, forms[flags >> 5 & 3], &session))) return;
   std::vector<int32_t> tokens, slots, positions, ids(64);
   std::vector<uint8_t> want;
@@ -98,11 +103,17 @@ void decode(halo_model *model, uint8_t flags) {
   const uint8_t yes[] = {1, 1};
   well = taken(halo_session_run(session, 2, both, two, at, yes, HALO_RUN_ARGMAX, nullptr, 0, ids.data(), ids.size()));
   for (int i = 0; well && i < 2; ++i) expect(ids[i] >= 0 && ids[i] < c.vocab_size, "an id outside of the vocabulary");
-  const float margins[] = {0.5f, 1e30f};
-  int32_t found[2] = {0, 0};
+  int32_t found[2] = {0, 0}, winners[2];
   const int32_t start[] = {0, 0};
-  if (taken(halo_session_near(session, 2, both, two, start, yes, margins, 4, ids.data(), logits.data(), 8, found)))
-    for (int i = 0; i < 2; ++i) expect(found[i] >= -1 && found[i] <= 4, "more tokens than there is room for");
+  for (float &noise : logits) noise = (float)(&noise - logits.data()) / 16;
+  std::vector<float> near(8);
+  if (taken(halo_session_draw(session, 2, both, two, start, yes, logits.data(), flags & 4 ? 0.5f : 1e30f, 4, 2, winners,
+                              found, ids.data(), near.data())))
+    for (int i = 0; i < 2; ++i) {
+      expect(found[i] >= -1 && found[i] <= 4, "more tokens than there is room for");
+      expect(winners[i] >= 0 && winners[i] < c.vocab_size, "a winner outside of the vocabulary");
+      taken(halo_session_logits(session, i, logits.data(), (size_t)c.vocab_size));
+    }
   halo_session_close(session);
 }
 
