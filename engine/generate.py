@@ -138,6 +138,7 @@ class Engine:
         self._cached: list[int] = []  # tokens whose keys and values the slot holds
         self.speculation = speculation
         self.tally = Tally()
+        self._unsettled = 0.0  # share of the late draws that took all logits
         self._learned = {greedy: Experience(speculation) for greedy in (True, False)}
 
     @classmethod
@@ -314,24 +315,28 @@ class Engine:
             self._cached.extend(tokens)
             return iter(ids)
         first = start + n - wanted + 1
-        vocab = self.tokenizer.size
-        rows = np.empty((wanted, vocab), np.float32)
-        for i in range(wanted):
-            rows[i] = scaled_noise(noise, first + i, vocab, params.temperature)
         narrowed = is_narrowed(params)
-        room = NEAR if narrowed else 0
-        drawn = self._session.run_draw(*entries, rows, depth_of(params), room)
+        if narrowed and self._unsettled > 0.5:
+            self._unsettled *= 0.99  # so that what is near is tried again after some tokens
+            logits = self._session.run(*entries)
+            self._cached.extend(tokens)
+            return (sample(row, params, noise, first + i) for i, row in enumerate(logits))
+        rows = np.empty((wanted, self.tokenizer.size), np.float32)
+        for i in range(wanted):
+            rows[i] = scaled_noise(noise, first + i, self.tokenizer.size, params.temperature)
+        drawn = self._session.run_draw(*entries, rows, depth_of(params), NEAR if narrowed else 0)
         self._cached.extend(tokens)
         return (
-            one.token if not narrowed else self._narrow(one, i, first + i, params, noise)
+            self._narrow(one, i, first + i, params, noise) if narrowed else one.token
             for i, one in enumerate(drawn)
         )
 
     def _narrow(self, one: Drawn, index: int, position: int, params: SamplingParams, noise: Noise) -> int:
         """The token that top-k and top-p leave: that of all if it is surely left, else from all logits."""
-        if one.ids is not None and one.logits is not None and settled(one.token, one.ids, one.logits, params):
-            return one.token
-        return sample(self._session.logits_again(index), params, noise, position)
+        ids, logits = one.ids, one.logits
+        sure = ids is not None and logits is not None and settled(one.token, ids, logits, params)
+        self._unsettled += 0.2 * ((not sure) - self._unsettled)
+        return one.token if sure else sample(self._session.logits_again(index), params, noise, position)
 
 
 class _TextStream:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.errors import HaloError
 from engine.generate import PREFILL_CHUNK, ContextOverflow
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, make_noise, sample
 from tests.engine.server_fixtures import (
     EOS,
     EOT,
@@ -127,6 +127,23 @@ def test_any_order_of_prompts_gives_what_a_fresh_engine_gives(prompts):
     for prompt in prompts:
         params = SamplingParams(max_tokens=3)
         assert veteran.complete(prompt, params) == make_engine(HashSession()).complete(prompt, params)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"top_p": 0.9}, {"top_p": 0.05}, {"top_k": 3}, {"top_k": 40, "top_p": 0.5, "temperature": 9.0}],
+    ids=str,
+)
+def test_a_sampled_text_is_what_all_logits_give(chosen):
+    """However few of the logits were looked at."""
+    params = SamplingParams(**{"max_tokens": 60, "temperature": 0.8, "seed": 3, **chosen})
+    plain, noise, ids = HashSession(), make_noise(3), list(PROMPT)
+    engine = make_engine(HashSession())
+    got = [step.token_id for step in engine.generate(PROMPT, params)]
+    for _ in got:
+        logits = plain.run(ids, [0] * len(ids), range(len(ids)), [False] * (len(ids) - 1) + [True])
+        ids.append(sample(logits[0], params, noise, len(ids)))
+    assert got == ids[len(PROMPT) :]
 
 
 def test_an_abandoned_generation_leaves_a_good_slot():
