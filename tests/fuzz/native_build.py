@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +41,15 @@ def build(folder: Path) -> Path:
 
 
 def seeds(folder: Path) -> int:
-    """The inputs of the Python target as this one takes them, in every form of the KV cache; how many."""
+    """The inputs of the Python target as this one takes them, in all forms of the KV cache; how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate([*TARGETS["prepared"].seeds(), *read_corpus("prepared")]):
-        extra = (number * 8 & 8) | (number * 16 & 16) | (number % 4 * 32)
-        made = sparse((data[:1] or b"\0")[0] & 3 | extra, prepared_file(data)) if len(data) > 5 else data
-        (folder / hashlib.sha256(made).hexdigest()[:16]).write_bytes(made)
-    return len(os.listdir(folder))  # noqa: PTH208
+        checksums, file = (data[:1] or b"\0")[0] & 3, prepared_file(data)
+        for form in range(4) if number < 6 else (number % 4,):
+            path = (0, 4, 8)[(number + form) % 3]
+            made = sparse(checksums | path | (number % 2 * 16) | form * 32, file)
+            (folder / hashlib.sha256(made).hexdigest()[:16]).write_bytes(made)
+    return sum(1 for _ in folder.iterdir())
 
 
 def main() -> int:
