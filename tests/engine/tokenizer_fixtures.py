@@ -44,7 +44,7 @@ ODD: Final = (
 
 
 def fuzzed(rng: random.Random) -> str:
-    """A text of up to a few dozen pieces: runs, mixtures of scripts, odd things, look-alikes, plain words."""
+    """A text of up to a few dozen pieces: runs, mixtures of scripts, odd things, words, broken UTF-8."""
     pieces = []
     for _ in range(rng.choice((1, 2, 3, 5, 8, 13))):
         kind = rng.random()
@@ -58,6 +58,8 @@ def fuzzed(rng: random.Random) -> str:
             pieces.append(rng.choice(ODD) * rng.randint(1, 40))
         elif kind < 0.85:
             pieces.append(rng.choice(LOOK_ALIKES))
+        elif kind < 0.9:
+            pieces.append(rng.randbytes(rng.randint(1, 12)).decode("utf-8", "replace"))
         else:
             at = rng.randrange(len(TEXT) - 20)
             pieces.append(TEXT[at : at + rng.randint(1, 20)])
