@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +117,32 @@ def test_what_was_fetched_is_kept_when_the_pull_fails_and_found_again(hub, capsy
     hub.seen.clear()
     assert main(arguments) == 0
     assert not hub.requests("config.json") and Path("made/model.halo").is_file()
+
+
+def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(hub, published):
+    def half(answer, body):
+        answer.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        answer.wfile.write(body[: len(body) // 2])
+        time.sleep(60)
+
+    hub.faults["model.safetensors"] = [half]
+    words = [sys.executable, "-m", "provision.cli", "model", "pull", REPO, "made", "--endpoint", hub.url]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    part = Path(".made.pull/model.safetensors.part")
+    with subprocess.Popen(
+        words, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as pull:
+        until = time.monotonic() + 60
+        while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
+            time.sleep(0.05)
+        pull.send_signal(signal.SIGINT)
+        said = pull.communicate(timeout=60)[1]
+    assert pull.returncode == 130, said
+    assert "kept in .made.pull; the same command goes on" in said and "Traceback" not in said
+    assert not Path("made").exists() and not part.with_name("model.safetensors").exists()
+    assert main(words[3:]) == 0 and Path("made/model.halo").is_file()
+    began = [headers.get("Range", "") for path, headers in hub.seen if path.endswith("model.safetensors")]
+    assert began[-1].startswith("bytes=") and int(began[-1][6:-1]) <= len(published["model.safetensors"]) // 2
 
 
 def test_a_model_that_halo_cannot_run_is_refused_before_its_weights(hub, published, capsys):
