@@ -300,7 +300,7 @@ def test_the_error_of_a_form_is_what_its_step_predicts(form: str, size: int) -> 
     q, k, v = gaussians(size)
     error = ((ours(form, q, k, v) - textbook(q, k, v)[1]) ** 2).mean(axis=-1)
     ratio = error[32:].mean() / predicted(form, q, k, v)[32:].mean()
-    assert 0.78 < ratio < 1.12
+    assert 0.8 < ratio < 1.12
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "an outlier", "magnitudes", "sharp"])
@@ -382,7 +382,7 @@ def test_rotor3_loses_what_eight_levels_must(size: int) -> None:
     assert 0.03454 * (1 - 5 / size) < loss < 0.0346
 
 
-@pytest.mark.parametrize("kind", ["laplace", "outliers", "lognormal", "few", "one"])
+@pytest.mark.parametrize("kind", ["laplace", "outliers", "lognormal", "few", "one", "alike"])
 def test_the_rotation_makes_any_vector_a_gaussian(kind: str) -> None:
     """Keys of real models have a few elements that tower over the rest; without it they would take it all."""
     rng = np.random.default_rng(7)
@@ -393,6 +393,8 @@ def test_the_rotation_makes_any_vector_a_gaussian(kind: str) -> None:
         x[:, [3, 77]] *= 25
     if kind == "lognormal":
         x *= np.exp(rng.normal(0, 1.5, 128))
+    if kind == "alike":
+        x = 1 + x / 100
     if kind in ("few", "one"):
         x[:, 8 if kind == "few" else 1 :] = 0
     assert rotor3_loss(x.astype(np.float32)).mean() < 0.0345 * 1.15
