@@ -21,7 +21,7 @@ from engine.errors import HaloError
 if TYPE_CHECKING:
     from jinja2 import Template
 
-MAX_SOURCE: Final = 256 << 10  # characters of a template
+MAX_SOURCE: Final = 64 << 10  # characters of a template; a syntax tree takes 4 KB for each
 MAX_SPECIAL: Final = 1 << 13
 # Planes 15 and 16 are for private use: the first of these blocks that no text of the conversation touches
 # stands for special tokens in its first half, and for characters of the contents in its second.

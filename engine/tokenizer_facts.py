@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.tokenizer import TextTokenizer
 
 TEMPLATE_FILE: Final = "chat_template.jinja"
-MAX_TEMPLATE: Final = 256 << 10
+MAX_TEMPLATE: Final = 64 << 10
 MAX_DESCRIPTION: Final = 4 << 20
 MAX_SIZE: Final = 1 << 20
 _MAX_IDS: Final = 64

@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Final
 
 MAX_WORK: Final = 100_000_000  # the sum of the squares of the tokens' lengths; Llama-3's is near 10 million
+MAX_TOKEN: Final = 1024  # bytes of a token, whose check takes their square; Llama-3's longest has 128
 NONE: Final = 1 << 62  # the rank of a pair that makes no token
 
 
@@ -33,7 +34,8 @@ def difference(
 ) -> str:
     """Why some text might get other ids from tiktoken than from the library; empty where none can."""
     ranks = {token: i for i, token in enumerate(tokens) if token and i not in special}
-    if sum(len(token) ** 2 for token in ranks) > MAX_WORK:
+    sizes = [len(token) for token in ranks]
+    if max(sizes, default=0) > MAX_TOKEN or sum(size * size for size in sizes) > MAX_WORK:
         return "its tokens are longer than any language's"
     listed = {(tokens[left], tokens[right]): rank for rank, (left, right, _) in enumerate(merges)}
     last = -1

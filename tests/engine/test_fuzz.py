@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import HaloError
+from engine.formats.hf_tokenizer import read_tokenizer
 from tests.fuzz.corpus import read_corpus
 from tests.fuzz.guard import PER_BYTE
 from tests.fuzz.mutate import mutations
 from tests.fuzz.target import Target, hostile, pack_files
 from tests.fuzz.targets import TARGETS
-from tests.fuzz.text_seeds import HASH
+from tests.fuzz.text_seeds import HASH, tokenizers
+from tests.fuzz.text_targets import model_config
 
 SECONDS = 0.25  # of new mutations for each target
 ROOM = 12 << 20  # bytes that any input may take: caches, and the 8 MiB that a manifest is read into
@@ -97,6 +100,20 @@ def described(**facts: object) -> bytes:
 def test_what_once_was_a_traceback_is_refused(name: str, data: bytes, tmp_path: Path) -> None:
     """Found by reading and by the first runs of the fuzzer."""
     assert TARGETS[name](data, tmp_path) in (False, name == "journal")
+
+
+def test_one_long_token_does_not_take_seconds(tmp_path: Path) -> None:
+    """A tokenizer.json of 13 KB took 5 s to check, for a token is merged again byte by byte."""
+    made = tokenizers()["llama3"]
+    ids = {text: index for text, index in made["model"]["vocab"].items() if index < 256}
+    made["model"] |= {
+        "vocab": ids | {"aa": 256, "a" * 9000: 257},
+        "merges": [["a", "a"]],
+        "ignore_merges": True,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made, ensure_ascii=False), "utf-8")
+    with pytest.raises(HaloError, match="longer than any language's"):
+        read_tokenizer(tmp_path, model_config(261))
 
 
 def test_an_os_release_with_an_open_quote_has_no_name(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def main() -> int:
 
     arguments = [
         sys.argv[0], str(corpus), f"-max_len={given.length}", "-timeout=900", "-rss_limit_mb=4096",
-        f"-artifact_prefix={given.work}/faults/{target.name}-abort-", "-print_final_stats=1", "-reload=0",
+        f"-artifact_prefix={given.work}/faults/{target.name}-abort-", "-print_final_stats=1",
+        "-reload=0", "-report_slow_units=900",
         f"-seed={random.randrange(1, 1 << 31)}",
     ]  # fmt: skip
     (given.work / "faults").mkdir(exist_ok=True)

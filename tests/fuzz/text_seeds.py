@@ -72,7 +72,7 @@ def tokenizer_json() -> Iterator[bytes]:
     """Llama-3's kind, another byte-level one, LLaMA-2's with byte fallback; with and without a template."""
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim }}</s>{% endfor %}"
-    written = {name: json.dumps(made, ensure_ascii=False).encode() for name, made in _tokenizers().items()}
+    written = {name: json.dumps(made, ensure_ascii=False).encode() for name, made in tokenizers().items()}
     yield pack_files({"tokenizer.json": written["llama3"]})
     said = json.dumps(config | {"chat_template": template}).encode()
     yield pack_files({"tokenizer.json": written["llama3"], "tokenizer_config.json": said})
@@ -83,7 +83,8 @@ def tokenizer_json() -> Iterator[bytes]:
     )
 
 
-def _tokenizers() -> dict[str, dict[str, Any]]:
+def tokenizers() -> dict[str, dict[str, Any]]:
+    """The tokenizer.json of each kind: byte-level with two patterns, and with byte fallback."""
     merges = [["t", "h"], ["th", "e"]]
     ids = {text: i for i, text in enumerate([*LETTER_OF.values(), "th", "the"])}
     options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -93,7 +93,8 @@ def run_store(data: bytes, folder: Path) -> None:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
-def _model(bos: int | None) -> HfConfig:
+def model_config(bos: int | None) -> HfConfig:
+    """The model that the tokenizers' inputs are for; bos and eos are the same id, or unsaid."""
     shape = ModelConfig(8, 8, 1, 2, 1, VOCAB, 16, True, 1e4, 1e-5)
     return HfConfig(shape, "none", False, bos, bos, FAMILIES["LlamaForCausalLM"])
 
@@ -102,7 +103,7 @@ def run_tokenizer_json(data: bytes, folder: Path) -> None:
     """The tokenizer of a checkpoint as an import takes it; then what it wrote, opened and used."""
     files = write_files(data, folder, TOKENIZER)
     bos = 261 if b"bos_token" not in files.get("tokenizer_config.json", b"") else None
-    taken = tokenizer_files(folder, _model(bos))
+    taken = tokenizer_files(folder, model_config(bos))
     _use(taken.tokenizer)
     made = folder / "made"
     made.mkdir(exist_ok=True)
