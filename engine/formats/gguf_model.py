@@ -48,6 +48,7 @@ _FAMILIES: Final = (
     ("spectra", "TriLM: it has several scales in a matrix and activations in floating point"),
     ("bonsai", "Bonsai: it has a scale for each 128 weights and activations in floating point"),
     ("bitcpm", "BitCPM4: it is a MiniCPM graph with scales for groups of weights"),
+    ("maple", "Maple: it is a mixture of experts with sliding windows"),
 )
 # Keys of llama.cpp's graph that change what is computed, and the values at which they change nothing.
 _NEUTRAL: Final = {

@@ -54,6 +54,8 @@ def _letters() -> dict[int, str]:
 
 LETTER_OF: Final = _letters()
 BYTE_OF: Final = {letter: value for value, letter in LETTER_OF.items()}
+# For str.translate, to Latin-1; a character that is no letter of the mapping becomes one that Latin-1 lacks.
+_TO_BYTES: Final = {code: 0x100 for code in range(256)} | {ord(c): value for c, value in BYTE_OF.items()}
 
 
 class _Damaged(Exception):
@@ -118,10 +120,10 @@ def _parse(data: bytes, version: int) -> Vocabulary:
 
 
 def _token(cursor: _Cursor, index: int) -> bytes:
-    (length,) = struct.unpack("<H", cursor.take(2))
+    text = cursor.take(int.from_bytes(cursor.take(2), "little"))
     try:
-        return bytes(BYTE_OF[letter] for letter in cursor.take(length).decode("utf-8"))
-    except (UnicodeDecodeError, KeyError):
+        return text.decode("utf-8").translate(_TO_BYTES).encode("latin-1")
+    except UnicodeError:
         raise _Damaged(f"token {index} is not in the byte-to-letter mapping") from None
 
 

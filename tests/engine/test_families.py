@@ -1,6 +1,6 @@
 """The families of ternary models: SiLU to the last bit, and their checkpoints read as they are published.
 
-That the graphs are right is shown in test_family_oracles.py, by code that nobody here wrote.
+That the graphs are right is shown in test_family_oracles.py, by code that nobody here wrote (but 1bitLLM's).
 """
 
 from __future__ import annotations

@@ -314,6 +314,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "parts, oddly": ({"split__count": [1, 2]}, "one of several parts"),
     "TriLM": ({"general__name": "TriLM_3.9B_Unpacked"}, "TriLM"),
     "Bonsai": ({"general__basename": "Ternary-Bonsai"}, "Bonsai"),
+    "BitCPM4": ({"general__name": "BitCPM4 1B"}, "BitCPM4"),
+    "Maple": ({"general__finetune": "maple-preview"}, "Maple"),
     "experts": ({"llama__expert_count": 8}, "expert_count"),
     "logit scale": ({"llama__logit_scale": 0.5}, "logit_scale"),
     "RoPE": ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type"),
