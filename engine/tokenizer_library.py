@@ -6,9 +6,11 @@ google/sentencepiece. Each is imported when such a model is opened.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +82,15 @@ class LibraryMissing(HaloError):
     def __init__(self, path: Path, library: str) -> None:
         super().__init__(
             f"The tokenizer {path} needs the library {library}, which is not installed.",
-            hint=f"{sys.executable} -m pip install --no-deps {library}",
+            hint=f"{_pip()} install --no-deps {library}",
         )
+
+
+def _pip() -> str:
+    """The pip for this interpreter. An installed box's has none of its own: then python3's, from outside."""
+    if importlib.util.find_spec("pip") is not None:
+        return f"{shlex.quote(sys.executable)} -m pip"
+    return f"python3 -m pip --python {shlex.quote(sys.executable)}"
 
 
 def well_formed(text: str) -> str:

@@ -183,7 +183,12 @@ def test_without_its_library_a_tokenizer_is_one_sentence_and_a_command(tmp_path,
         (folder / "tokenizer.model").write_bytes(b"\n")
     with pytest.raises(HaloError, match=f"library {library_name},? which .*is not installed") as info:
         tokenizer_files(folder, config(1000, 1, 2))
-    assert "pip install" in info.value.hint and library_name in info.value.hint
+    assert info.value.hint == f"{sys.executable} -m pip install --no-deps {library_name}"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as in an installed box, without pip
+    with pytest.raises(HaloError) as info:
+        tokenizer_files(folder, config(1000, 1, 2))
+    wanted = f"python3 -m pip --python {sys.executable} install --no-deps {library_name}"
+    assert info.value.hint == wanted
 
 
 def test_a_padded_vocabulary_keeps_the_models_size(tmp_path):
