@@ -1,12 +1,13 @@
-"""The kept corpus: one zip a target in tests/fuzz/corpus; how a fuzzer's findings become it."""
+"""The kept corpus: one file a target in tests/fuzz/corpus; how a fuzzer's findings become it."""
 
 from __future__ import annotations
 
-import hashlib
+import lzma
+import struct
 import sys
 import tempfile
 import time
-import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
@@ -15,41 +16,47 @@ from typing import Any
 from tests.fuzz.target import Target
 
 CORPUS = Path(__file__).parent / "corpus"
-LONGEST = 16 << 10  # bytes of an input that is kept
+LONGEST = 12 << 10  # bytes of an input that is kept
 ROOMS = tuple(
     str(Path(__file__).parents[2] / room) for room in ("engine/", "checks/", "provision/", "install")
 )
-BUDGET = 64 << 10  # bytes of one target's zip
+Edge = tuple[str, int, int, int]  # file, line before, line, bits of how often
+_LENGTH = struct.Struct("<I")  # before each input
 _SECONDS = 1.0  # no input is kept that takes longer
 
 
 def read_corpus(name: str) -> list[bytes]:
     """The kept inputs of a target; none where there is no corpus."""
-    path = CORPUS / f"{name}.zip"
+    path = CORPUS / f"{name}.xz"
     if not path.exists():
         return []
-    with zipfile.ZipFile(path) as archive:
-        return [archive.read(entry) for entry in sorted(archive.namelist())]
+    data, at, inputs = lzma.decompress(path.read_bytes()), 0, []
+    while at < len(data):
+        (length,) = _LENGTH.unpack_from(data, at)
+        inputs.append(data[at + 4 : at + 4 + length])
+        at += 4 + length
+    return inputs
 
 
 def write_corpus(name: str, inputs: Iterable[bytes]) -> Path:
-    """Write the inputs, each under its hash; the same inputs make the same file."""
+    """Write the inputs as one compressed file; the same inputs make the same file."""
     CORPUS.mkdir(exist_ok=True)
-    path = CORPUS / f"{name}.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for data in sorted(set(inputs), key=lambda each: hashlib.sha256(each).hexdigest()):
-            entry = zipfile.ZipInfo(hashlib.sha256(data).hexdigest()[:16], (1980, 1, 1, 0, 0, 0))
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, data)
+    path = CORPUS / f"{name}.xz"
+    whole = b"".join(_LENGTH.pack(len(data)) + data for data in sorted(set(inputs), key=_by_size))
+    path.write_bytes(lzma.compress(whole, preset=9 | lzma.PRESET_EXTREME))
     return path
 
 
+def _by_size(data: bytes) -> tuple[int, bytes]:
+    return len(data), data
+
+
 def keep(target: Target, found: Path) -> str:
-    """Keep the inputs, of `found` and of those kept, that reach a pair of lines no shorter one does."""
+    """Keep the inputs, of `found` and of those kept, that reach an edge no shorter one does."""
     inputs = {path.read_bytes() for path in found.iterdir()} if found.is_dir() else set()
     inputs |= {*read_corpus(target.name)}
-    short = sorted((data for data in inputs if len(data) <= LONGEST), key=lambda data: (len(data), data))
-    reached: set[tuple[str, int, int]] = set()
+    short = sorted((data for data in inputs if len(data) <= LONGEST), key=_by_size)
+    reached: set[Edge] = set()
     kept: list[bytes] = []
     with tempfile.TemporaryDirectory(prefix="halo-keep-") as name:
         for data in short:
@@ -62,9 +69,12 @@ def keep(target: Target, found: Path) -> str:
     return f"{len(kept)} of {len(inputs)} inputs, {len(reached)} edges, {path.stat().st_size} bytes"
 
 
-def edges_of(target: Target, data: bytes, folder: Path) -> set[tuple[str, int, int]]:
-    """The pairs of lines of this repository's own code that follow each other when an input is run."""
-    edges: set[tuple[str, int, int]] = set()
+def edges_of(target: Target, data: bytes, folder: Path) -> set[Edge]:
+    """The pairs of lines of this repository's own code that follow each other when an input is run.
+
+    With each the number of bits of how often: once, twice, to 4, 8, 16 times.
+    """
+    counts: Counter[tuple[str, int, int]] = Counter()
     last: dict[int, int] = {}
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
@@ -72,7 +82,7 @@ def edges_of(target: Target, data: bytes, folder: Path) -> set[tuple[str, int, i
         if not name.startswith(ROOMS):
             return None
         if event == "line":
-            edges.add((name, last.get(id(frame), 0), frame.f_lineno))
+            counts[name, last.get(id(frame), 0), frame.f_lineno] += 1
             last[id(frame)] = frame.f_lineno
         elif event == "return":
             last.pop(id(frame), None)
@@ -87,4 +97,4 @@ def edges_of(target: Target, data: bytes, folder: Path) -> set[tuple[str, int, i
         pass
     finally:
         sys.settrace(None)
-    return edges
+    return {(*edge, min(count.bit_length(), 5)) for edge, count in counts.items()}

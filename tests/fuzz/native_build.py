@@ -1,13 +1,15 @@
-"""python -m tests.fuzz.native_build DIR: build the native library with sanitizers and libFuzzer; seeds."""
+"""python -m tests.fuzz.native_build DIR [--keep WORK]: the engine under libFuzzer; seeds; its corpus."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from tests.fuzz.corpus import read_corpus
+from tests.fuzz.corpus import LONGEST, read_corpus, write_corpus
 from tests.fuzz.model_targets import prepared_file
 from tests.fuzz.target import sparse
 from tests.fuzz.targets import TARGETS
@@ -52,10 +54,38 @@ def seeds(folder: Path) -> int:
     return sum(1 for _ in folder.iterdir())
 
 
+def keep(folder: Path, name: str, found: Path) -> str:
+    """Boil a found corpus down to the kept one, by libFuzzer's own merging."""
+    with tempfile.TemporaryDirectory() as place:
+        old, merged = Path(place) / "old", Path(place) / "merged"
+        old.mkdir()
+        merged.mkdir()
+        for number, data in enumerate(read_corpus(name)):
+            (old / str(number)).write_bytes(data)
+        environ = os.environ | ({"HALO_FUZZ_PLAIN": "1"} if name == "native_plain" else {})
+        command = [
+            str(folder / "fuzz_model"),
+            "-merge=1",
+            f"-max_len={LONGEST}",
+            str(merged),
+            str(old),
+            str(found),
+        ]
+        subprocess.run(command, check=True, env=environ, capture_output=True)
+        path = write_corpus(name, (each.read_bytes() for each in merged.iterdir()))
+    return f"{len(read_corpus(name))} inputs, {path.stat().st_size} bytes"
+
+
 def main() -> int:
     """Returns the exit code."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
+    if sys.argv[2:3] == ["--keep"]:
+        for name in ("native_sealed", "native_plain"):
+            found = Path(sys.argv[3]) / "corpus" / name
+            if found.is_dir():
+                print(f"{name}: {keep(folder, name, found)}")
+        return 0
     print(f"{build(folder)} with {seeds(folder / 'seeds')} seeds")
     return 0
 
