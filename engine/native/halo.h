@@ -94,7 +94,7 @@ HALO_API halo_status halo_session_draw(halo_session *session, int32_t n, const i
                                        float *logits);
 
 /* All logits of the k-th entry that the last run wanted: what halo_session_run would have written. Only after a run that
- * ended well and had at most HALO_AGAIN entries. */
+ * ended well, had at most HALO_AGAIN entries, and rewound no slot on its way. */
 #define HALO_AGAIN 96
 HALO_API halo_status halo_session_logits(halo_session *session, int32_t k, float *logits, size_t logits_count);
 

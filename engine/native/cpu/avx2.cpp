@@ -171,30 +171,28 @@ inline void levels(const uint8_t *chunk, __m256i (&u)[4]) {
 }
 
 // One maddubs is at most 2 * 63 * 128 = 16,128 in magnitude: widened at once.
-template <int kTokens>
+template <int kVectors>
 inline void coarse_half(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i sum[2 * kTokens];
+  __m256i sum[kVectors];
   for (__m256i &s : sum) s = _mm256_setzero_si256();
-  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * kTokens) {
+  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 4 * kVectors) {
     for (int line = 0; line < 3; ++line) _mm_prefetch((const char *)tiles + kAhead + 64 * line, _MM_HINT_T1);
     __m256i u[4];
     levels(tiles, u);
     for (int g = 0; g < 4; ++g)
-      for (int t = 0; t < kTokens; ++t)
-        for (int part = 0; part < 2; ++part) {
-          __m256i v = _mm256_set1_epi32(x[(2 * g + part) * kTokens + t]);
-          __m256i &own = sum[2 * t + part];
-          own = _mm256_add_epi32(own, _mm256_madd_epi16(_mm256_maddubs_epi16(u[g], v), ones));
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        __m256i pairs = _mm256_maddubs_epi16(u[g], _mm256_set1_epi32(x[g * kVectors + v]));
+        sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(pairs, ones));
+      }
   }
-  for (int k = 0; k < 2 * kTokens; ++k) _mm256_storeu_si256((__m256i *)(sums + 16 * k), sum[k]);
+  for (int v = 0; v < kVectors; ++v) _mm256_storeu_si256((__m256i *)(sums + 16 * v), sum[v]);
 }
 
-template <int kTokens>
+template <int kVectors>
 void coarse_tile(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
-  coarse_half<kTokens>(tiles, chunks, x, sums);
-  coarse_half<kTokens>(tiles + 32, chunks, x, sums + 8);
+  coarse_half<kVectors>(tiles, chunks, x, sums);
+  coarse_half<kVectors>(tiles + 32, chunks, x, sums + 8);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ namespace {
 
 const int kBlocks = 16;  // blocks of 16 rows in one item of work
 const int kItemRows = kBlocks * kRows;
-const int kAtOnce = 4 * kCoarseTokens;  // tokens that share one pass over the head
+const int kAtOnce = 16;  // tokens that share one pass over the head
+const float kEven = 6.0f;  // a hidden state whose largest element is at most so many times its rms is taken in 8 bits
 
 bool finite_bits(float x) {
   uint32_t bits;
@@ -32,7 +33,7 @@ Head::Head(const Model &model, const Kernels &kernels, Pool &pool)
       rows_(round_up(vocab_, kRows)),
       groups_(round_up(hidden_, kCoarseCols) / 4),
       items_((vocab_ + kItemRows - 1) / kItemRows),
-      packed_(kAtOnce, 2 * (size_t)groups_),
+      packed_(2 * kAtOnce, (size_t)groups_),
       upper_(kAtOnce, (size_t)rows_),
       tokens_(kAtOnce),
       seen_((size_t)kAtOnce * items_),
@@ -60,56 +61,78 @@ float Head::exact(const float *x, int id) const {
   return logit;
 }
 
-// x as step * (256 high + low), in 16 bits, packed beside those of the other tokens; and what the bounds need of it.
-CoarseToken Head::coarse_token(const float *x, int32_t *packed, int count) {
+// How finely a hidden state is taken: in 16 bits, or in 8 where that loses little (no element stands out).
+Head::Grain Head::grain(const float *x) const {
   float most = 0.0f;
-  for (int i = 0; i < hidden_; ++i) most = std::max(most, fabsf(x[i]));
-  float step = most > 1e-30f ? most / 32000.0f : 0.0f;  // without a step, the bounds say that nothing is known
-  CoarseToken token = {step / 2, 0, 0, 0, 0};
+  double length = 0;
+  for (int i = 0; i < hidden_; ++i) {
+    most = std::max(most, fabsf(x[i]));
+    length += (double)x[i] * x[i];
+  }
+  bool even = (double)most * most * hidden_ <= (double)kEven * kEven * length;
+  if (!(most > 1e-30f)) return {0.0f, even};  // without a step, the bounds say that nothing is known
+  return {even ? most / (127.0f * 256.0f) : most / 32000.0f, even};
+}
+
+// x as step * (256 high + low), the bytes packed beside those of `width` - 1 other vectors; and what the bounds need.
+CoarseToken Head::coarse_token(const float *x, Grain grain, int first_vector) {
+  CoarseToken token = {grain.step / 2, 0, 0, 0, 0};
   double length = 0, taken = 0, missed = 0;
   for (int i = 0; i < 4 * groups_; ++i) {
-    int value = i < hidden_ && step > 0 ? (int)lrintf(x[i] / step) : 0;
-    value = std::max(-32500, std::min(32500, value));
+    int value = i < hidden_ && grain.step > 0 ? (int)lrintf(x[i] / (grain.even ? 256.0f * grain.step : grain.step)) : 0;
+    value = grain.even ? 256 * std::max(-127, std::min(127, value)) : std::max(-32500, std::min(32500, value));
     int high = (value + 128) >> 8, low = value - 256 * high;
-    double own = i < hidden_ ? x[i] : 0.0, miss = own - (double)step * value;
+    double own = i < hidden_ ? x[i] : 0.0, miss = own - (double)grain.step * value;
     length += own * own;
-    taken += (double)step * value * ((double)step * value);
+    taken += (double)grain.step * value * ((double)grain.step * value);
     missed += miss * miss;
     token.high_sum += high;
     token.low_sum += low;
-    int8_t *group = (int8_t *)&packed[(size_t)(2 * (i / 4)) * count];
-    group[i % 4] = (int8_t)high;
-    ((int8_t *)((int32_t *)group + count))[i % 4] = (int8_t)low;
+    *packed(first_vector, i) = (int8_t)high;
+    if (!grain.even) *packed(first_vector + 1, i) = (int8_t)low;
   }
   length = sqrt(length), taken = sqrt(taken), missed = sqrt(missed);
   double chain = (round_up(hidden_, 16) / 16 + 8) * ldexp(1.0, -24);  // of the exact logit's own rounding
-  double floats = ldexp(1.0, -19) * (taken + 128.0 * step * sqrt((double)hidden_));  // of coarse_bounds'
+  double floats = ldexp(1.0, -19) * (taken + 128.0 * grain.step * sqrt((double)hidden_));  // of coarse_bounds'
   token.by_error = (float)((taken + floats) * 1.001);
   token.by_norm = (float)((missed + chain * length + floats) * 1.001);
   return token;
 }
 
+// Number i of a vector: groups of kCoarseVectors vectors stand together.
+int8_t *Head::packed(int vector, int i) {
+  int first = vector / kCoarseVectors * kCoarseVectors, width = std::min(kCoarseVectors, vectors_ - first);
+  return (int8_t *)&packed_[(size_t)first * groups_ + (size_t)(i / 4) * width + (vector - first)] + i % 4;
+}
+
 // The bounds of every logit, and what looks best.
 void Head::look(const float *x, int stride, int count) {
-  auto packed = [&](int first) { return &packed_[(size_t)first * 2 * groups_]; };
-  pool_.each(count, [&](int t, int) {
-    int first = t / kCoarseTokens * kCoarseTokens;
-    tokens_[t] = coarse_token(x + (size_t)t * stride, packed(first) + (t - first), std::min(kCoarseTokens, count - first));
-  });
+  Grain grains[kAtOnce];
+  int first_vector[kAtOnce];
+  vectors_ = 0;
+  for (int t = 0; t < count; ++t) {
+    grains[t] = grain(x + (size_t)t * stride);
+    first_vector[t] = vectors_;
+    vectors_ += grains[t].even ? 1 : 2;
+  }
+  pool_.each(count, [&](int t, int) { tokens_[t] = coarse_token(x + (size_t)t * stride, grains[t], first_vector[t]); });
   const Coarse &coarse = model_.coarse;
   int chunks = 4 * groups_ / kCoarseCols;
   pool_.each(items_, [&](int item, int) {
     int first = item * kItemRows, rows = std::min(kItemRows, vocab_ - first);
     const float low = -std::numeric_limits<float>::infinity();
     for (int t = 0; t < count; ++t) seen_[(size_t)t * items_ + item] = {low, low, first};
-    int32_t sums[kCoarseTokens * 32];
+    static const int32_t nothing[kRows] = {};
+    int32_t sums[2 * kAtOnce * kRows];
     for (int row = first; row < first + rows; row += kRows) {
       const uint8_t *tiles = coarse.tiles + (size_t)(row / kRows) * chunks * kCoarseChunk;
+      for (int v = 0; v < vectors_; v += kCoarseVectors)
+        kernels_.coarse(tiles, chunks, &packed_[(size_t)v * groups_], std::min(kCoarseVectors, vectors_ - v),
+                        sums + v * kRows);
       for (int t = 0; t < count; ++t) {
-        if (t % kCoarseTokens == 0)
-          kernels_.coarse(tiles, chunks, packed(t), std::min(kCoarseTokens, count - t), sums);
-        kernels_.coarse_bounds(sums + 32 * (t % kCoarseTokens), std::min(kRows, vocab_ - row), row, coarse.scale + row,
-                               coarse.error + row, coarse.norm + row, tokens_[t], &upper(t, row),
+        const int32_t *high = sums + first_vector[t] * kRows;
+        kernels_.coarse_bounds(high, grains[t].even ? nothing : high + kRows, std::min(kRows, vocab_ - row), row,
+                               coarse.scale + row, coarse.error + row, coarse.norm + row, tokens_[t], &upper(t, row),
                                &seen_[(size_t)t * items_ + item]);
       }
     }

@@ -40,8 +40,15 @@ class Head {
     int32_t id;
   };
 
+  struct Grain {
+    float step;
+    bool even;  // low is nothing
+  };
+
   void look(const float *x, int stride, int count);
-  CoarseToken coarse_token(const float *x, int32_t *packed, int count);
+  Grain grain(const float *x) const;
+  CoarseToken coarse_token(const float *x, Grain grain, int first_vector);
+  int8_t *packed(int vector, int i);
   float exact(const float *x, int id) const;
   const CoarseBest &top(int t) const;
   float certain(const float *x, int t, const float *noise);
@@ -55,6 +62,7 @@ class Head {
   const Kernels &kernels_;
   Pool &pool_;
   const int vocab_, hidden_, rows_, groups_, items_;
+  int vectors_ = 0;  // one or two for each token that is looked at
   Buffer<int32_t> packed_;
   Buffer<float> upper_;  // [token][row]: what no logit can exceed
   std::vector<CoarseToken> tokens_;

@@ -21,9 +21,10 @@ const int kTernaryChunk = 320;  // bytes of 16 rows x 96 columns of a ternary ma
 const int kTernaryCols = 96;
 const int kCoarseChunk = 192;  // bytes of 16 rows x 16 columns of the coarse head
 const int kCoarseCols = 16;
-const int kCoarseTokens = 4;  // tokens that one call of `coarse` takes at most
+const int kCoarseVectors = 8;  // vectors that one call of `coarse` takes at most
 
-// One token as the coarse head sees it: x is about step * (256 high + low). See docs/exact-head.md.
+// One token as the coarse head sees it: x is about step * (256 high + low), where low may be nothing at all.
+// See docs/exact-head.md.
 struct CoarseToken {
   float half_step;           // step / 2
   float by_error, by_norm;   // |exact - coarse| <= by_error * error of the row + by_norm * norm of the row
@@ -64,13 +65,14 @@ struct Kernels {
   // out[r] = dot(row r, x); rows are row_bytes apart, of bfloat16 or float32.
   void (*dot_rows)(const uint8_t *rows, size_t row_bytes, bool bf16, int count, const float *x, int n, float *out);
 
-  // One block of the coarse head for up to kCoarseTokens tokens: sums[(2 * t) * 16 + r] of u * high, and
-  // sums[(2 * t + 1) * 16 + r] of u * low. x is packed: x[(2 * g) * tokens + t] high, x[(2 * g + 1) * tokens + t] low.
-  void (*coarse)(const uint8_t *tiles, int chunks, const int32_t *x, int tokens, int32_t *sums);
+  // One block of the coarse head times up to kCoarseVectors int8 vectors: sums[v * 16 + r] of u * x. x is packed: the
+  // four numbers of group g of vector v are the bytes of x[g * vectors + v].
+  void (*coarse)(const uint8_t *tiles, int chunks, const int32_t *x, int vectors, int32_t *sums);
 
-  // The upper bounds of `rows` <= 16 logits from the sums of one token; updates `best`.
-  void (*coarse_bounds)(const int32_t *sums, int rows, int first_row, const float *scale, const float *error,
-                        const float *norm, const CoarseToken &token, float *upper, CoarseBest *best);
+  // The upper bounds of `rows` <= 16 logits from one token's sums of u * high and u * low; updates `best`.
+  void (*coarse_bounds)(const int32_t *high_sums, const int32_t *low_sums, int rows, int first_row, const float *scale,
+                        const float *error, const float *norm, const CoarseToken &token, float *upper,
+                        CoarseBest *best);
 
   const AttentionKernels *attention;
 };

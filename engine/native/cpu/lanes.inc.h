@@ -117,12 +117,13 @@ void finish(const int32_t *sums, int tokens, int rows, const float *weight_scale
 }
 
 // The integers are exact: 2 u - 63 is twice a level. What the floats round is far below the bound's own slack.
-void coarse_bounds(const int32_t *sums, int rows, int first_row, const float *scale, const float *error,
-                   const float *norm, const halo::CoarseToken &token, float *upper, halo::CoarseBest *best) {
+void coarse_bounds(const int32_t *high_sums, const int32_t *low_sums, int rows, int first_row, const float *scale,
+                   const float *error, const float *norm, const halo::CoarseToken &token, float *upper,
+                   halo::CoarseBest *best) {
   int32_t high[16], low[16];
   for (int r = 0; r < 16; ++r) {
-    high[r] = 2 * sums[r] - 63 * token.high_sum;
-    low[r] = 2 * sums[16 + r] - 63 * token.low_sum;
+    high[r] = 2 * high_sums[r] - 63 * token.high_sum;
+    low[r] = 2 * low_sums[r] - 63 * token.low_sum;
   }
   V whole = vfma(vfrom_ints(high), vset1(256.0f), vfrom_ints(low));
   V seen = vmul(vmul(whole, vset1(token.half_step)), vload(scale));

@@ -158,27 +158,26 @@ inline int32x4_t add_levels(int32x4_t sum, uint8x16_t u, int8x16_t v) {
 #endif
 }
 
-template <int kTokens>
+template <int kVectors>
 inline void coarse_quarter(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
   const uint8x16_t nibble = vdupq_n_u8(0x3c), two = vdupq_n_u8(3);
-  int32x4_t sum[2 * kTokens];
+  int32x4_t sum[kVectors];
   for (int32x4_t &s : sum) s = vdupq_n_s32(0);
-  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * kTokens) {
+  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 4 * kVectors) {
     uint8x16_t rest = vld1q_u8(tiles + 128);
     for (int g = 0; g < 4; ++g) {
       uint8x16_t high = vld1q_u8(tiles + 64 * (g / 2));
       uint8x16_t u = vorrq_u8(vandq_u8(g % 2 ? vshrq_n_u8(high, 2) : vshlq_n_u8(high, 2), nibble),
                               vandq_u8(vshlq_u8(rest, vdupq_n_s8((int8_t)(-2 * g))), two));
-      for (int k = 0; k < 2 * kTokens; ++k)
-        sum[k] = add_levels(sum[k], u, four(x + (2 * g + k % 2) * kTokens + k / 2));
+      for (int v = 0; v < kVectors; ++v) sum[v] = add_levels(sum[v], u, four(x + g * kVectors + v));
     }
   }
-  for (int k = 0; k < 2 * kTokens; ++k) vst1q_s32(sums + 16 * k, sum[k]);
+  for (int v = 0; v < kVectors; ++v) vst1q_s32(sums + 16 * v, sum[v]);
 }
 
-template <int kTokens>
+template <int kVectors>
 void coarse_tile(const uint8_t *tiles, int chunks, const int32_t *x, int32_t *sums) {
-  for (int q = 0; q < 4; ++q) coarse_quarter<kTokens>(tiles + 16 * q, chunks, x, sums + 4 * q);
+  for (int q = 0; q < 4; ++q) coarse_quarter<kVectors>(tiles + 16 * q, chunks, x, sums + 4 * q);
 }
 
 }  // namespace

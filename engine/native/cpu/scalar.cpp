@@ -118,16 +118,14 @@ void ternary(const uint8_t *codes, int blocks, int chunks, const int32_t *x, int
   }
 }
 
-void coarse(const uint8_t *tiles, int chunks, const int32_t *x, int tokens, int32_t *sums) {
-  memset(sums, 0, (size_t)tokens * 32 * sizeof *sums);
-  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 8 * tokens)
+void coarse(const uint8_t *tiles, int chunks, const int32_t *x, int vectors, int32_t *sums) {
+  memset(sums, 0, (size_t)vectors * 16 * sizeof *sums);
+  for (int c = 0; c < chunks; ++c, tiles += halo::kCoarseChunk, x += 4 * vectors)
     for (int group = 0; group < 4; ++group)
       for (int lane = 0; lane < 64; ++lane) {
         int high = tiles[64 * (group / 2) + lane] >> 4 * (group % 2) & 15, low = tiles[128 + lane] >> 2 * group & 3;
-        for (int t = 0; t < tokens; ++t)
-          for (int part = 0; part < 2; ++part)
-            sums[(2 * t + part) * 16 + lane / 4] +=
-                (4 * high + low) * ((const int8_t *)(x + (2 * group + part) * tokens + t))[lane % 4];
+        for (int v = 0; v < vectors; ++v)
+          sums[v * 16 + lane / 4] += (4 * high + low) * ((const int8_t *)(x + group * vectors + v))[lane % 4];
       }
 }
 
