@@ -204,6 +204,7 @@ def _inside(directory: Path) -> Iterator[tuple[str, str]]:
     """What is wrong with the tensors, by name, and with the tokenizer beside them."""
     from engine.formats.prepared import verify_prepared
     from engine.tokenizer import load_tokenizer
+    from engine.tokenizer_facts import read_facts
 
     vocabulary = 0
     try:
@@ -211,6 +212,11 @@ def _inside(directory: Path) -> Iterator[tuple[str, str]]:
     except HaloError as error:
         yield PREPARED, error.message
     name = next((name for name in TOKENIZERS if _is_file(directory / name)), TOKENIZERS[0])
+    try:
+        read_facts(directory / DESCRIPTION)
+    except HaloError as error:  # it says what the tokenizer's file does not
+        yield DESCRIPTION, error.message
+        return
     try:
         size = load_tokenizer(directory).size
     except HaloError as error:

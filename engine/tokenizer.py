@@ -177,10 +177,13 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
     comes from `tokenizer` in model.json, and the template from chat_template.jinja. Raises HaloError where a
     file is missing or damaged, or needs a library that is not installed.
     """
+    from engine.formats.seal import TOKENIZERS
     from engine.tokenizer_facts import read_facts, read_template
 
     directory = Path(directory)
     facts = read_facts(directory / "model.json")
+    if not any((directory / name).exists() for name in TOKENIZERS):
+        raise HaloError(f"There is no tokenizer in {directory}.", hint="import or pull the model again")
     tokenizer: TextTokenizer
     if (directory / "tokenizer.htok").exists() or facts is None:
         tokenizer = Tokenizer.from_htok(directory / "tokenizer.htok")
