@@ -73,7 +73,7 @@ def test_where_no_difference_is_found_there_is_none(ignore_merges: bool) -> None
     """Every word of up to seven letters, in thousands of vocabularies, most of them odd ones."""
     rng = random.Random(60)
     alike = refused = 0
-    for _ in range(20_000 if SLOW else 600):
+    for _ in range(5000 if SLOW else 250):
         tokens, merges = random_vocabulary(rng)
         if difference(tokens, (), merges, ignore_merges=ignore_merges):
             refused += 1
@@ -82,7 +82,7 @@ def test_where_no_difference_is_found_there_is_none(ignore_merges: bool) -> None
         for word in WORDS:
             wanted = by_the_merges(word, tokens, merges, ignore_merges)
             assert by_tiktoken(word, tokens) == wanted, (word, tokens[256:], merges)
-    assert min(alike, refused) > 10
+    assert min(alike, refused) > 3
 
 
 def test_the_rules_above_are_those_of_the_programs() -> None:

@@ -161,8 +161,9 @@ def test_llama_cpp_runs_what_is_exported(tmp_path: Path, case: str) -> None:
     check(LLAMA_CPP("llama-simple"), export(tmp_path / "m.gguf", model, kind="tq2_0", **options), model)
 
 
-def test_bitnet_cpp_runs_what_is_exported(tmp_path: Path) -> None:
-    model = model_of(BITNET)
+@pytest.mark.parametrize("config", [BITNET, LLAMA, WIDE_HEADS], ids=["bitnet-b1.58", "llama", "wide heads"])
+def test_bitnet_cpp_runs_what_is_exported(tmp_path: Path, config: ModelConfig) -> None:
+    model = model_of(config, np.float32)
     check(BITNET_CPP("llama-simple"), export(tmp_path / "m.gguf", model, kind="i2_s"), model)
 
 
