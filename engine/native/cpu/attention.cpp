@@ -142,12 +142,7 @@ void Attention::put_query(int at, float *q) {
   query_scales_[at] = kernels_.to_int8(q, width_, &queries8_[(size_t)at * width_]) * scale;
 }
 
-// The first row of a tile that sees a position of `block`.
-int Attention::first_row(const Tile &tile, int block) const {
-  return std::max(0, block * kBlockPositions - tile.position) * group_;
-}
-
-// The sums of one block for the rows that see it.
+// The sums of one block for each row. All rows see it: a tile lies within 16 positions, so within one block.
 void Attention::attend_block(int layer, const Tile &tile, int head, int block, Span span, int thread,
                              const Sums &sums) {
   int limits[kRowTile], start = block * kBlockPositions, rows = tile_rows(tile);
@@ -162,10 +157,10 @@ void Attention::attend_block(int layer, const Tile &tile, int head, int block, S
     if (first) b.fetch_with_keys = b.values;
   }
   auto *kernel = cache_.integers() ? kernels_.int8 : cache_.form() == KvForm::f16 ? kernels_.f16 : kernels_.f32;
-  for (int r = first_row(tile, block); r < rows; r += kRowTile) {
+  for (int r = 0; r < rows; r += kRowTile) {
     size_t at = (size_t)query(tile, head) + r;
     b.rows = std::min(kRowTile, rows - r);
-    if (r > first_row(tile, block)) b.fetch_with_keys = b.fetch_with_values = nullptr;
+    if (r > 0) b.fetch_with_keys = b.fetch_with_values = nullptr;
     for (int i = 0; i < b.rows; ++i)
       limits[i] = std::min(kBlockPositions, tile.position + (r + i) / group_ + 1 - start);
     b.q = &queries_[at * width_];
@@ -190,7 +185,7 @@ void Attention::attend_tile(int layer, const Tile &tile, int head, int thread, c
   attend_block(layer, tile, head, 0, span, thread, all);
   for (int block = 1; block < tile.blocks(); ++block) {
     attend_block(layer, tile, head, block, span, thread, one);
-    for (int r = first_row(tile, block); r < tile_rows(tile); ++r) kernels_.merge(row(all, r), row(one, r), width_);
+    for (int r = 0; r < tile_rows(tile); ++r) kernels_.merge(row(all, r), row(one, r), width_);
   }
   finish(tile, head, all, thread, out);
 }
@@ -214,7 +209,7 @@ void Attention::attend_split(int layer, int item, int thread, const Output &out)
   Sums all = split_sums(tile, head, 0);
   for (block = 1; block < tile.blocks(); ++block) {
     Sums one = split_sums(tile, head, block);
-    for (int r = first_row(tile, block); r < tile_rows(tile); ++r) kernels_.merge(row(all, r), row(one, r), width_);
+    for (int r = 0; r < tile_rows(tile); ++r) kernels_.merge(row(all, r), row(one, r), width_);
   }
   finish(tile, head, all, thread, out);
 }

@@ -33,7 +33,7 @@ class Attention {
   size_t bytes() const { return cache_.bytes(); }
 
  private:
-  // Tokens of one slot that lie in the same 16 positions: `first` and on in sorted_.
+  // Tokens of one slot that lie in the same 16 positions, and so in one block: `first` and on in sorted_.
   struct Tile {
     int first, tokens, slot, position;
     int blocks() const { return (position + tokens - 1) / kBlockPositions + 1; }
@@ -55,7 +55,6 @@ class Attention {
   void append(int layer, const Tile &tile, int head, const float *qkv, int qkv_row, int thread);
   bool take(const float *in, float *wide) const;
   void put_query(int at, float *q);
-  int first_row(const Tile &tile, int block) const;
   void attend_block(int layer, const Tile &tile, int head, int block, Span span, int thread, const Sums &sums);
   void attend_tile(int layer, const Tile &tile, int head, int thread, const Output &out);
   void attend_split(int layer, int item, int thread, const Output &out);
