@@ -14,7 +14,10 @@ namespace {
 const int kBlocks = 16;  // blocks of 16 rows in one item of work
 const int kItemRows = kBlocks * kRows;
 const int kAtOnce = 16;  // tokens that share one pass over the head
-const float kEven = 6.0f;  // a hidden state whose largest element is at most so many times its rms is taken in 8 bits
+// Where so many tokens share a pass that it is arithmetic that takes the time, a hidden state whose largest element is at
+// most so many times its rms is taken in 8 bits: half the work, and more rows to compute exactly.
+const int kMany = 4;
+const float kEven = 6.0f;
 
 bool finite_bits(float x) {
   uint32_t bits;
@@ -61,15 +64,15 @@ float Head::exact(const float *x, int id) const {
   return logit;
 }
 
-// How finely a hidden state is taken: in 16 bits, or in 8 where that loses little (no element stands out).
-Head::Grain Head::grain(const float *x) const {
+// How finely a hidden state, one of `count`, is taken: in 16 bits or 8.
+Head::Grain Head::grain(const float *x, int count) const {
   float most = 0.0f;
   double length = 0;
   for (int i = 0; i < hidden_; ++i) {
     most = std::max(most, fabsf(x[i]));
     length += (double)x[i] * x[i];
   }
-  bool even = (double)most * most * hidden_ <= (double)kEven * kEven * length;
+  bool even = count >= kMany && (double)most * most * hidden_ <= (double)kEven * kEven * length;
   if (!(most > 1e-30f)) return {0.0f, even};  // without a step, the bounds say that nothing is known
   return {even ? most / (127.0f * 256.0f) : most / 32000.0f, even};
 }
@@ -111,7 +114,7 @@ void Head::look(const float *x, int stride, int count) {
   int first_vector[kAtOnce];
   vectors_ = 0;
   for (int t = 0; t < count; ++t) {
-    grains[t] = grain(x + (size_t)t * stride);
+    grains[t] = grain(x + (size_t)t * stride, count);
     first_vector[t] = vectors_;
     vectors_ += grains[t].even ? 1 : 2;
   }

@@ -46,7 +46,7 @@ class Head {
   };
 
   void look(const float *x, int stride, int count);
-  Grain grain(const float *x) const;
+  Grain grain(const float *x, int count) const;
   CoarseToken coarse_token(const float *x, Grain grain, int first_vector);
   int8_t *packed(int vector, int i);
   float exact(const float *x, int id) const;
