@@ -31,7 +31,7 @@ NOT_READ_AT_RUN: Final = ("model.h1b",)
 HEAD: Final = 1 << 20
 MAX_SEAL: Final = 1 << 16
 _CHUNK: Final = 1 << 20
-_LINE: Final = re.compile(r"([0-9a-f]{64})  ([^\s/\\][^/\\\n]{0,200})")
+_LINE: Final = re.compile(r"([0-9a-f]{64})  ([!-.0-\[\]-~][ -.0-\[\]-~]{0,200})")
 _HEAD_LINE: Final = re.compile(
     rf"# {re.escape(PREPARED)}: (\d{{1,18}}) bytes, of the first MiB ([0-9a-f]{{64}})"
 )

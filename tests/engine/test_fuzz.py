@@ -75,6 +75,9 @@ def test_memory_is_the_inputs_size_times_a_constant(target: Target, tmp_path: Pa
 DESCRIBED = {"schema": 1, "name": "m", "files": {"f": {"sha256": HASH, "bytes": 1}}}
 
 
+HEAD_LINE = f"# model.halo: 1 bytes, of the first MiB {HASH}\n"
+
+
 def described(**facts: object) -> bytes:
     return json.dumps(DESCRIBED | {"files": {"f": {"sha256": HASH, "bytes": 1} | facts}}).encode()
 
@@ -94,6 +97,7 @@ def described(**facts: object) -> bytes:
         ("halo_toml", b"a = " + b"[" * 9000),
         ("generation", pack_files({"manifest.json": b'{"a":' * 9000})),
         ("journal", b"[" * 9000),
+        ("seal", pack_files({"SHA256SUMS": f"+{HASH}  a\0b\n{HEAD_LINE}".encode()})),
         ("hub", pack_files({"tree": b"[]", "link": b'<//[/n>; rel="next"'})),
     ],
 )
