@@ -117,7 +117,8 @@ def bundle_argument(argv: list) -> tuple:
 def read_manifest(tar: tarfile.TarFile, bundle: str) -> dict:
     """bundle.json, which is the tar's first member: path -> sha256."""
     member = tar.next()
-    stream = tar.extractfile(member) if member is not None and member.name == "bundle.json" else None
+    first = member is not None and member.isfile() and member.name == "bundle.json"
+    stream = tar.extractfile(member) if first and not member.issparse() else None
     try:
         manifest = json.loads(stream.read().decode()) if stream is not None else {}
         files = manifest["files"]
@@ -131,7 +132,8 @@ def read_manifest(tar: tarfile.TarFile, bundle: str) -> dict:
 def safe_target(directory: str, member: tarfile.TarInfo, bundle: str) -> str:
     """Where a member goes; one that is no plain file inside the directory is refused."""
     parts = member.name.split("/")
-    if not member.isfile() or member.name.startswith("/") or ".." in parts or "" in parts or "." in parts:
+    plain = member.isfile() and not member.issparse()  # whose zeros no byte of the bundle pays for
+    if not plain or member.name.startswith("/") or ".." in parts or "" in parts or "." in parts:
         raise Refusal(
             "%s has a member that is not allowed: %s." % (bundle, member.name), "get the bundle anew"
         )

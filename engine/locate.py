@@ -48,8 +48,8 @@ def locate(model: str | Path | None = None, environ: Mapping[str, str] | None = 
     return Home(
         generation_dir=generation_dir,
         model_dir=_model_dir(model, env, generation_dir),
-        generation=str(manifest.get("id", SOURCE_GENERATION)),
-        version=str(manifest.get("version", "")) or _source_version(),
+        generation=_shown(manifest.get("id", SOURCE_GENERATION)),
+        version=_shown(manifest.get("version", "")) or _source_version(),
     )
 
 
@@ -101,6 +101,11 @@ def _usable(path: Path, origin: str) -> Path:
             hint="run `halo install` again for the bundled model; import or pull any other one again.",
         )
     return path
+
+
+def _shown(value: object) -> str:
+    """As text that can be sent: JSON may hold half a surrogate pair, and UTF-8 does not."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _read_manifest(generation_dir: Path | None) -> dict[str, Any]:

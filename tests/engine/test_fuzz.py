@@ -5,9 +5,11 @@ The long runs, guided by coverage, are tests/fuzz: docs/testing.md.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
+import tarfile
 import time
 import tracemalloc
 from pathlib import Path
@@ -82,6 +84,26 @@ def described(**facts: object) -> bytes:
     return json.dumps(DESCRIBED | {"files": {"f": {"sha256": HASH, "bytes": 1} | facts}}).encode()
 
 
+def linked() -> bytes:
+    """A bundle whose manifest is a link to nothing."""
+    member = tarfile.TarInfo("bundle.json")
+    member.type, member.linkname = tarfile.LNKTYPE, "nothing"
+    return member.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
+
+
+def sparse_member() -> bytes:
+    """A bundle of 3 KB with a member of a terabyte of zeros."""
+    made = io.BytesIO()
+    manifest = json.dumps({"schema": 1, "files": {"a": HASH}}).encode()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        first, hole = tarfile.TarInfo("bundle.json"), tarfile.TarInfo("a")
+        first.size = len(manifest)
+        tar.addfile(first, io.BytesIO(manifest))
+        hole.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}
+        tar.addfile(hole)
+    return made.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -98,6 +120,8 @@ def described(**facts: object) -> bytes:
         ("generation", pack_files({"manifest.json": b'{"a":' * 9000})),
         ("journal", b"[" * 9000),
         ("seal", pack_files({"SHA256SUMS": f"+{HASH}  a\0b\n{HEAD_LINE}".encode()})),
+        ("bundle", linked()),
+        ("bundle", sparse_member()),
         ("hub", pack_files({"tree": b"[]", "link": b'<//[/n>; rel="next"'})),
     ],
 )
