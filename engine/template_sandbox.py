@@ -241,9 +241,16 @@ def _tojson(
     _check(_weigh(value))
     if indent is not None:
         indent = min(indent, _MAX_INDENT)
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    pieces, length = [], 0
+    for piece in encoder.iterencode(value):  # a deep list indented is longer than what it holds
+        _step()
+        length += len(piece)
+        _check(length)
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _raise_exception(message: object) -> NoReturn:

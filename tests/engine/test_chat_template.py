@@ -172,6 +172,9 @@ BOMBS = {
     "doubling a list": grown("[1]", "{% set n.x = n.x + n.x %}"),
     "lists in lists": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ n.x }}"),
     "lists as json": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ n.x | tojson }}"),
+    "deep lists indented": "{% set n = namespace(x=[]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x] + [0] * 200 %}{% endfor %}{{ n.x | tojson(indent=16) }}",
+    "padding by a filter": "{{ ('a' | attr('ljust'))(10**10) }}",
     "lists in %": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ '%s' % n.x }}"),
     "lists as text": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ (n.x | string)[0] }}"),
     "lists trimmed": grown("['aa']", "{% set n.x = [n.x, n.x] %}", "{{ n.x | trim }}"),

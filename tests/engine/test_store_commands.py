@@ -119,6 +119,11 @@ def test_what_was_fetched_is_kept_when_the_pull_fails_and_found_again(hub, capsy
     assert not hub.requests("config.json") and Path("made/model.halo").is_file()
 
 
+def heeding() -> None:
+    """A test run in a script's background ignores SIGINT, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(hub, published):
     def half(answer, body):
         answer.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
@@ -131,7 +136,7 @@ def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(hub, published):
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     part = Path("made/model.safetensors.part")
     with subprocess.Popen(
-        words, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        words, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heeding
     ) as pull:
         until = time.monotonic() + 60
         while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
