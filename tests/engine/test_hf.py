@@ -484,7 +484,7 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "merge of three": (lambda d: d["model"]["merges"].append("a b c"), "no pair"),
     "ranks beside the ids": (lambda d: d["model"]["merges"].reverse(), "before one of lesser id"),
     "unreachable": (
-        lambda d: (d["model"].update(ignore_merges=False), d["model"]["merges"].pop()), "do not list the parts"
+        lambda d: (d["model"].update(ignore_merges=False), d["model"]["merges"].pop()), "do not list"
     ),
 }  # fmt: skip
 
