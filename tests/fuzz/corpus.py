@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import http.client
 import lzma
 import struct
 import sys
+import tarfile
 import tempfile
 import time
+import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import jinja2
 
 from tests.fuzz.target import Target
 
 CORPUS = Path(__file__).parent / "corpus"
 LONGEST = 12 << 10  # bytes of an input that is kept
-ROOMS = tuple(
-    str(Path(__file__).parents[2] / room) for room in ("engine/", "checks/", "provision/", "install")
+ROOT = Path(__file__).parents[2]
+# Own code, and the libraries that parse for it in Python.
+ROOMS = (
+    *(str(ROOT / room) for room in ("engine/", "checks/", "provision/", "install")),
+    *(str(Path(str(module.__file__)).parent) for module in (jinja2, tomllib)),
+    *(str(module.__file__) for module in (tarfile, http.client)),
 )
 Edge = tuple[str, int, int, int]  # file, line before, line, bits of how often
 _LENGTH = struct.Struct("<I")  # before each input
@@ -38,10 +47,13 @@ def read_corpus(name: str) -> list[bytes]:
     return inputs
 
 
-def write_corpus(name: str, inputs: Iterable[bytes]) -> Path:
+def write_corpus(name: str, inputs: Collection[bytes]) -> Path:
     """Write the inputs as one compressed file; the same inputs make the same file."""
     CORPUS.mkdir(exist_ok=True)
     path = CORPUS / f"{name}.xz"
+    if not inputs:
+        path.unlink(missing_ok=True)
+        return path
     whole = b"".join(_LENGTH.pack(len(data)) + data for data in sorted(set(inputs), key=_by_size))
     path.write_bytes(lzma.compress(whole, preset=9 | lzma.PRESET_EXTREME))
     return path
@@ -66,7 +78,8 @@ def keep(target: Target, found: Path) -> str:
                 reached |= edges
                 kept.append(data)
     path = write_corpus(target.name, kept)
-    return f"{len(kept)} of {len(inputs)} inputs, {len(reached)} edges, {path.stat().st_size} bytes"
+    size = path.stat().st_size if kept else 0
+    return f"{len(kept)} of {len(inputs)} inputs, {len(reached)} edges, {size} bytes"
 
 
 def edges_of(target: Target, data: bytes, folder: Path) -> set[Edge]:

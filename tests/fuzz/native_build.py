@@ -72,7 +72,7 @@ def keep(folder: Path, name: str, found: Path) -> str:
             str(found),
         ]
         subprocess.run(command, check=True, env=environ, capture_output=True)
-        path = write_corpus(name, (each.read_bytes() for each in merged.iterdir()))
+        path = write_corpus(name, [each.read_bytes() for each in merged.iterdir()])
     return f"{len(read_corpus(name))} inputs, {path.stat().st_size} bytes"
 
 
