@@ -17,7 +17,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", help="a name of tests/fuzz/targets.py, or `list`")
     parser.add_argument("--minutes", type=float, default=20.0, help="CPU time of all runs with this --work")
-    parser.add_argument("--work", type=Path, default=Path("fuzz-work"), help="corpora, counts and faults")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "halo-fuzz",
+        help="corpora, counts and faults",
+    )
     parser.add_argument("--length", type=int, default=65536, help="the longest input")
     parser.add_argument("--keep", action="store_true", help="minimise --work's corpus into tests/fuzz/corpus")
     return parser.parse_args()
@@ -28,7 +33,14 @@ def main() -> int:
     given = _arguments()
     if given.keep or given.target == "list":
         return _plain(given)
-    import atheris
+    try:
+        import atheris
+    except ImportError:
+        print(
+            f"error: Atheris is not installed.\nhint: {sys.executable} -m pip install atheris",
+            file=sys.stderr,
+        )
+        return 3
 
     with atheris.instrument_imports(include=_INSTRUMENTED):
         from tests.fuzz.targets import TARGETS
