@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -241,13 +242,19 @@ void Model::load() {
     for (size_t done = 0; done < entries[t].bytes; done += kPiece)
       pieces.push_back({t, (size_t)entries[t].offset + done, std::min(kPiece, (size_t)entries[t].bytes - done)});
   copy_ = std::make_unique<Buffer<uint8_t>>(hot_ + kPage, 1);
+  std::vector<uint32_t> checks(pieces.size());
   int file = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) throw Failure(HALO_IO, "%s cannot be opened: %s", path_.c_str(), strerror(errno));
-  std::vector<uint32_t> checks(pieces.size());
   std::atomic<size_t> next{0};
   std::atomic<int> error{0};
   auto work = [&] {
-    std::vector<uint8_t> own(kPiece);
+    std::vector<uint8_t> own;
+    try {
+      own.resize(kPiece);
+    } catch (const std::bad_alloc &) {  // which must not leave a thread
+      error = ENOMEM;
+      return;
+    }
     for (size_t i; !error && (i = next++) < pieces.size();) {
       const Piece &piece = pieces[i];
       uint8_t *to = piece.offset + piece.bytes <= hot_ ? copy_->get() + piece.offset : own.data();
