@@ -74,7 +74,11 @@ def _configure_prepare(parser: ArgumentParser) -> None:
         metavar="MODEL",
         help="model directory, with a .h1b or .gguf file or model.halo",
     )
-    add("--activation", choices=("relu2", "silu"), help="of a GGUF file that does not say it")
+    _activation_argument(parser)
+
+
+def _activation_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--activation", choices=("relu2", "silu"), help="of a GGUF file that does not say it")
 
 
 def _reading_arguments(parser: ArgumentParser) -> None:
@@ -85,7 +89,7 @@ def _reading_arguments(parser: ArgumentParser) -> None:
         metavar="PATH",
         help=".htok file or checkpoint's folder, instead of the model's own",
     )
-    add("--activation", choices=("relu2", "silu"), help="of a GGUF file that does not say it")
+    _activation_argument(parser)
 
 
 def run_model(args: Namespace) -> int:

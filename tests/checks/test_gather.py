@@ -150,7 +150,7 @@ def test_hostile_files_are_bounded_and_stay_content(tmp_path: Path) -> None:
     assert facts.memory.total == 0
 
 
-@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root sees everything")
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root sees all without setpriv")
 def test_a_directory_that_may_not_be_searched_is_denied_not_absent(tmp_path: Path) -> None:
     root = tree(tmp_path, {"/etc/os-release": "ID=arch", "/proc/cmdline": "quiet"})
     (root / "proc").chmod(0o000)

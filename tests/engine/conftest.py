@@ -70,16 +70,21 @@ def tiny_model() -> Callable[..., Model]:
     return random_model
 
 
+def native_digest() -> str:
+    """Of the native sources, names included: what is built from others is another library."""
+    sources = sorted(path for path in NATIVE.rglob("*") if path.is_file())
+    whole = b"".join(str(path.relative_to(NATIVE)).encode() + path.read_bytes() for path in sources)
+    return hashlib.sha256(whole).hexdigest()[:16]
+
+
 @pytest.fixture(scope="session")
 def native_library(request: pytest.FixtureRequest) -> Path:
     """libhalo_cpu.so of this checkout, built once, kept in $HALO_TEST_BUILD or the pytest cache."""
-    sources = sorted(path for path in NATIVE.rglob("*") if path.is_file())
-    digest = hashlib.sha256(b"".join(str(p.relative_to(NATIVE)).encode() + p.read_bytes() for p in sources))
     cache = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
     root = Path(
         os.environ.get("HALO_TEST_BUILD") or (cache.mkdir("halo-native") if cache else tempfile.mkdtemp())
     )
-    folder = root / digest.hexdigest()[:16]
+    folder = root / native_digest()
     library = folder / "libhalo_cpu.so"
     if not library.exists():
         if shutil.which("cmake") is None:

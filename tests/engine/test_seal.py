@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.backend import NativeModel
 from engine.errors import HaloError
-from engine.formats.prepared import VERSION, prepare
+from engine.formats.prepared import prepare
 from engine.formats.seal import HEAD, PREPARED, SEAL, check_open, problems, read_seal, seal, sha256_of
 from engine.formats.store import is_stored, is_whole, unpack
 from engine.generate import Engine
@@ -193,7 +193,6 @@ def test_beyond_its_first_part_model_halo_is_left_to_the_engine(copy):
         assert dict(problems(copy)).keys() == {PREPARED}
 
 
-@pytest.mark.skipif(VERSION < 2, reason="a prepared file of version 1 has no checksum that an open reads")
 def test_flipped_bytes_of_the_tensors_are_refused_by_the_engine_that_maps_them(tiny_model, tmp_path, refused):
     """A disk that returns one wrong bit of gigabytes: an open reads each tensor once, and checks its CRC."""
     model = make(tmp_path / "m", tiny_model("plain", seed=3, max_seq_len=16384))
