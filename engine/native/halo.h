@@ -27,7 +27,8 @@ typedef enum halo_status {
   HALO_NO_MEMORY = 5,
   HALO_BUSY = 6,    /* the session is running in another thread */
   HALO_NUMERIC = 7, /* an activation is not finite: the weights are damaged */
-  HALO_INTERNAL = 8
+  HALO_INTERNAL = 8,
+  HALO_LOST = 9 /* the device stopped answering: close its models and sessions, and open them again */
 } halo_status;
 
 typedef struct halo_model halo_model;

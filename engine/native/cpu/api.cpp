@@ -1,4 +1,5 @@
-// The C ABI: checks what a caller hands over, and turns every failure into a status and a sentence.
+// The C ABI: checks what a caller hands over, and turns every failure into a status and a sentence. The same file for
+// every backend; HALO_GPU says which.
 #include <sched.h>
 #include <string.h>
 
@@ -12,16 +13,28 @@
 
 #include "../halo.h"
 #include "failure.h"
+#ifdef HALO_GPU
+#include "../hip/session.h"
+#else
 #include "model.h"
 #include "paths.h"
 #include "session.h"
+#endif
+
+#ifdef HALO_GPU
+typedef halo::GpuModel BackendModel;
+typedef halo::GpuSession BackendSession;
+#else
+typedef halo::Model BackendModel;
+typedef halo::Session BackendSession;
+#endif
 
 struct halo_model {
-  std::shared_ptr<const halo::Model> model;
+  std::shared_ptr<const BackendModel> model;
 };
 
 struct halo_session {
-  halo::Session session;
+  BackendSession session;
 };
 
 namespace {
@@ -70,6 +83,17 @@ void give_text(const std::string &text, char *buffer, size_t capacity, size_t *n
   memcpy(buffer, text.c_str(), *needed);
 }
 
+#ifdef HALO_GPU
+
+using halo::device_facts;
+using halo::ternary_sums;
+
+const halo_config &config_of(const BackendModel &model) { return model.config(); }
+
+#else
+
+const halo_config &config_of(const BackendModel &model) { return model.config; }
+
 int usable_cpus() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
@@ -84,9 +108,10 @@ std::string device_facts() {
          "\",\"paths\":[" + names + "],\"cpus\":" + std::to_string(usable_cpus()) + "}";
 }
 
-void ternary_sums(const halo::Kernels &kernels, const uint8_t *codes, int rows, int cols, const int8_t *x, int tokens,
+void ternary_sums(const char *path, const uint8_t *codes, int rows, int cols, const int8_t *x, int tokens,
                   int32_t *sums) {
   using halo::round_up;
+  const halo::Kernels &kernels = halo::choose_path(path);
   int groups = round_up(cols, halo::kTernaryCols) / 4, chunks = 4 * groups / halo::kTernaryCols;
   int blocks = round_up(rows, halo::kRows) / halo::kRows;
   for (int first = 0; first < tokens; first += halo::kTileTokens) {
@@ -106,6 +131,8 @@ void ternary_sums(const halo::Kernels &kernels, const uint8_t *codes, int rows, 
   }
 }
 
+#endif
+
 }  // namespace
 
 uint32_t halo_abi_version(void) { return HALO_ABI_VERSION; }
@@ -120,14 +147,14 @@ halo_status halo_model_open(const char *path, halo_model **model) {
   return guarded([&] {
     need(path && model, "path or model is NULL");
     *model = nullptr;
-    *model = new halo_model{std::make_shared<const halo::Model>(path)};
+    *model = new halo_model{std::make_shared<const BackendModel>(path)};
   });
 }
 
 halo_status halo_model_config(const halo_model *model, halo_config *config) {
   return guarded([&] {
     need(model && config, "model or config is NULL");
-    *config = model->model->config;
+    *config = config_of(*model->model);
   });
 }
 
@@ -139,12 +166,16 @@ halo_status halo_session_create(halo_model *model, int32_t slots, int32_t contex
     need(model && session, "model or session is NULL");
     *session = nullptr;
     within("slots", slots, 1, kMostSlots);
-    within("context", context, 1, model->model->config.max_seq_len);
+    within("context", context, 1, config_of(*model->model).max_seq_len);
     within("threads", threads, 0, kMostThreads);
+#ifdef HALO_GPU
+    *session = new halo_session{{model->model, slots, context, path, kv}};
+#else
     const halo::Kernels &kernels = halo::choose_path(path);
     halo::KvForm form = halo::kv_form(kv);
     int count = threads ? threads : std::min(usable_cpus(), kMostThreads);
     *session = new halo_session{{model->model, slots, context, count, kernels, form}};
+#endif
   });
 }
 
@@ -203,6 +234,6 @@ halo_status halo_ternary_sums(const char *path, const uint8_t *codes, int32_t ro
     within("rows", rows, 1, 1 << 24);
     within("cols", cols, 1, 262144);
     within("tokens", tokens, 1, 4096);
-    ternary_sums(halo::choose_path(path), codes, rows, cols, x, tokens, sums);
+    ternary_sums(path, codes, rows, cols, x, tokens, sums);
   });
 }

@@ -3,21 +3,13 @@
 #include <atomic>
 #include <vector>
 
+#include "batch.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "model.h"
 #include "pool.h"
 
 namespace halo {
-
-// Of each row: the noise, the winner, and what is near. See halo_session_draw.
-struct Draw {
-  const float *noise;
-  float depth;
-  size_t room;
-  int32_t *winners, *found, *ids;
-  float *logits;
-};
 
 class Head {
  public:

@@ -73,14 +73,14 @@ struct Model::Entry {
   uint8_t reserved[12];
 };
 
-Model::Model(const char *path) : path_(path) {
+Model::Model(const char *path, bool copy) : path_(path) {
   static_assert(sizeof(Entry) == kEntryBytes, "an entry has no padding");
   map(path);
   try {
     read_header();
     next_ = 0;
     read_directory();  // once to check it, before anything is believed
-    load();
+    load(copy);
     next_ = 0;
     layers.clear();
     read_directory();
@@ -233,7 +233,7 @@ void Model::check_padding(const std::vector<Entry> &entries) const {
 }
 
 // Reads the file once: copies what is hot, and checks every tensor. Pieces are shared out among threads.
-void Model::load() {
+void Model::load(bool copy) {
   std::vector<Entry> entries(count_);
   memcpy(entries.data(), data_ + kPage, count_ * kEntryBytes);
   check_padding(entries);
@@ -241,7 +241,7 @@ void Model::load() {
   for (uint32_t t = 0; t < count_; ++t)
     for (size_t done = 0; done < entries[t].bytes; done += kPiece)
       pieces.push_back({t, (size_t)entries[t].offset + done, std::min(kPiece, (size_t)entries[t].bytes - done)});
-  copy_ = std::make_unique<Buffer<uint8_t>>(hot_ + kPage, 1);
+  if (copy) copy_ = std::make_unique<Buffer<uint8_t>>(hot_ + kPage, 1);
   std::vector<uint32_t> checks(pieces.size());
   int file = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) throw Failure(HALO_IO, "%s cannot be opened: %s", path_.c_str(), strerror(errno));
@@ -257,7 +257,7 @@ void Model::load() {
     }
     for (size_t i; !error && (i = next++) < pieces.size();) {
       const Piece &piece = pieces[i];
-      uint8_t *to = piece.offset + piece.bytes <= hot_ ? copy_->get() + piece.offset : own.data();
+      uint8_t *to = copy && piece.offset + piece.bytes <= hot_ ? copy_->get() + piece.offset : own.data();
       for (size_t done = 0; done < piece.bytes;) {
         ssize_t got = pread(file, to + done, piece.bytes - done, (off_t)(piece.offset + done));
         if (got <= 0) {

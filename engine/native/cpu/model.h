@@ -43,7 +43,8 @@ struct Layer {
 
 class Model {
  public:
-  explicit Model(const char *path);  // throws Failure
+  // Throws Failure. `copy`: what every token reads goes into huge pages; else all stays mapped.
+  explicit Model(const char *path, bool copy = true);
   ~Model();
   Model(const Model &) = delete;
   Model &operator=(const Model &) = delete;
@@ -65,7 +66,7 @@ class Model {
   void map(const char *path);
   void read_header();
   void read_directory();
-  void load();
+  void load(bool copy);
   void check_padding(const std::vector<Entry> &entries) const;
   const uint8_t *tensor(const std::string &name, uint32_t dtype, int rows, int cols, uint32_t row_bytes, size_t bytes);
   const float *floats(const std::string &name, int rows, int cols);

@@ -67,41 +67,16 @@ std::string Session::facts() {
   return text;
 }
 
-void Session::check(const Batch &batch) const {
-  std::vector<int32_t> lengths = lengths_;
-  size_t wanted = 0;
-  for (int i = 0; i < batch.n; ++i) {
-    int token = batch.tokens[i], slot = batch.slots[i], position = batch.positions[i];
-    if (token < 0 || token >= model_->config.vocab_size)
-      throw Failure(HALO_INVALID, "entry %d: token %d is outside the vocabulary of %d", i, token,
-                    model_->config.vocab_size);
-    if (slot < 0 || slot >= slots_)
-      throw Failure(HALO_INVALID, "entry %d: slot %d is outside the session's %d slots", i, slot, slots_);
-    if (position < 0 || position >= context_)
-      throw Failure(HALO_INVALID, "entry %d: position %d is outside the context of %d tokens", i, position, context_);
-    if (position > lengths[slot])
-      throw Failure(HALO_INVALID, "entry %d: position %d would leave a gap, slot %d holds %d tokens", i, position, slot,
-                    lengths[slot]);
-    lengths[slot] = position + 1;
-    wanted += batch.want[i] != 0;
-  }
-  if (batch.logits && wanted > batch.logits_count / (size_t)model_->config.vocab_size)
-    throw Failure(HALO_INVALID, "%zu rows of logits do not fit into room for %zu floats", wanted, batch.logits_count);
-  if ((batch.ids && wanted > batch.ids_count) || (batch.draw && wanted > batch.draw_count))
-    throw Failure(HALO_INVALID, "%zu results do not fit into room for %zu", wanted,
-                  batch.draw ? batch.draw_count : batch.ids_count);
-}
-
 void Session::run(const Batch &batch) {
   std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
   if (!lock.owns_lock()) throw Failure(HALO_BUSY, "the session is running in another thread");
-  check(batch);
+  check_batch(batch, model_->config, slots_, context_, lengths_);
   DefaultRounding rounding;
   not_finite_ = false;
   kept_ = 0;
   size_t done = 0;
   for (int start = 0; start < batch.n;) {
-    int end = chunk_end(batch, start);
+    int end = chunk_end(batch, start, kChunk);
     forward(batch, start, end);
     int wanted = gather_wanted(batch, start, end);
     if (wanted) head(batch, wanted, done);
@@ -127,15 +102,6 @@ void Session::logits_again(int k, float *logits, size_t count) {
   DefaultRounding rounding;
   if (!head_.all(&normed_[(size_t)k * hidden_row_], hidden_row_, 1, logits))
     throw Failure(HALO_NUMERIC, "a logit is not finite: the model's weights are damaged");
-}
-
-// A chunk ends where a slot is rewound: its keys up to there are still needed by the tokens before.
-int Session::chunk_end(const Batch &batch, int start) const {
-  int end = start;
-  for (; end < batch.n && end - start < kChunk; ++end)
-    for (int i = start; i < end; ++i)
-      if (batch.slots[i] == batch.slots[end] && batch.positions[i] >= batch.positions[end]) return end;
-  return end;
 }
 
 void Session::forward(const Batch &batch, int start, int end) {

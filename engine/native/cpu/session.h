@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "batch.h"
 #include "buffer.h"
 #include "head.h"
 #include "kernels.h"
@@ -15,20 +16,6 @@
 #include "product.h"
 
 namespace halo {
-
-// What a run is asked for; the arrays are the caller's. Results of each wanted entry: all logits, or the arg max, or what
-// `draw` has.
-struct Batch {
-  int n;
-  const int32_t *tokens, *slots, *positions;
-  const uint8_t *want;
-  float *logits;
-  size_t logits_count;
-  int32_t *ids;
-  size_t ids_count;
-  const Draw *draw;
-  size_t draw_count;  // wanted entries that its arrays have room for
-};
 
 class Session {
  public:
@@ -40,8 +27,6 @@ class Session {
   std::string facts();
 
  private:
-  void check(const Batch &batch) const;
-  int chunk_end(const Batch &batch, int start) const;
   void forward(const Batch &batch, int start, int end);
   void embed(const int32_t *tokens, int count);
   void attention(int index, const Batch &batch, int start, int count);

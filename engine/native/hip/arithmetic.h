@@ -1,0 +1,152 @@
+// The float arithmetic of a block of threads, to the last bit that of the CPU's paths: cpu/lanes.inc.h says it for 16
+// lanes of a vector, engine/arithmetic.py in NumPy. Device code.
+#pragma once
+#include "gpu.h"
+
+namespace halo {
+
+const uint32_t kInfinityBits = 0x7f800000u;
+const uint32_t kTooLargeBits = 0x53800000u;  // 2^40: no sum of the attention can overflow below
+
+GPU_DEVICE bool finite(float x) { return (bits_of(x) & 0x7fffffffu) < kInfinityBits; }
+GPU_DEVICE uint32_t size_bits(float x) { return bits_of(x) & 0x7fffffffu; }
+
+// The 16 lanes of a half-wave as a tree: l + 8, l + 4, l + 2, l + 1. Every lane of it gets the sum.
+GPU_DEVICE float add_lanes(float x) {
+  for (int half = 8; half; half /= 2) x = x + shuffle_xor(x, half);
+  return x;
+}
+
+GPU_DEVICE uint32_t wave_max(uint32_t x) {
+  for (int half = 16; half; half /= 2) {
+    uint32_t other = shuffle_xor(x, half);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+GPU_DEVICE int wave_sum(int x) {
+  for (int half = 16; half; half /= 2) x += shuffle_xor(x, half);
+  return x;
+}
+
+// Of all threads of the block. `scratch` is shared, a word for each wave; the block meets twice.
+template <int kThreads>
+GPU_DEVICE uint32_t block_max(uint32_t x, uint32_t *scratch) {
+  x = wave_max(x);
+  if (lane_id() == 0) scratch[wave_id()] = x;
+  sync_block();
+  for (int w = 0; w < kThreads / kWave; ++w) x = scratch[w] > x ? scratch[w] : x;
+  sync_block();
+  return x;
+}
+
+template <int kThreads>
+GPU_DEVICE int block_sum(int x, uint32_t *scratch) {
+  x = wave_sum(x);
+  if (lane_id() == 0) scratch[wave_id()] = (uint32_t)x;
+  sync_block();
+  int sum = 0;
+  for (int w = 0; w < kThreads / kWave; ++w) sum += (int)scratch[w];
+  sync_block();
+  return sum;
+}
+
+// e^x for x <= 0: cpu/lanes.inc.h, vexp.
+GPU_DEVICE float exp_of(float x) {
+  x = x > -86.0f ? x : -86.0f;
+  const float magic = 12582912.0f;
+  float t = fused(x, 1.44269504f, magic), n = t - magic;
+  float r = fused(n, -0.693359375f, x);
+  r = fused(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fused(p, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p, r * r, r);
+  return float_of(bits_of(p + 1.0f) + (bits_of(t) << 23));
+}
+
+// relu(gate)^2 * up, or silu(gate) * up.
+GPU_DEVICE float gated(float gate, float up, int activation) {
+  float positive = gate > 0.0f ? gate : 0.0f;
+  if (activation == 0) return positive * positive * up;
+  float negative = gate - positive, e = exp_of(negative - positive);
+  return (positive + negative * e) / (1.0f + e) * up;
+}
+
+// What a product gives: see `finish` in cpu/lanes.inc.h.
+GPU_DEVICE float scaled(int sum, int offset, float weight_scale, float x_scale) {
+  return (float)(sum - offset) * weight_scale / x_scale;
+}
+
+struct RowFacts {
+  float scale;
+  int sum;      // of the int8 values
+  bool finite;
+};
+
+// 1 / sqrt(mean(x^2) + eps) of a row of `filled` floats in shared memory, of which n count (the rest are 0). The first
+// half-wave works; the block meets once, so that `result` (shared) may be read.
+GPU_DEVICE void inverse_rms(const float *row, int n, int filled, float eps, float *result) {
+  if (thread_id() < 16) {
+    float sum = 0.0f;
+    GPU_UNROLL
+    for (int i = thread_id(); i < filled; i += 16) sum = fused(row[i], row[i], sum);
+    sum = add_lanes(sum);
+    if (thread_id() == 0) *result = 1.0f / root(sum / (float)n + eps);
+  }
+  sync_block();
+}
+
+// x through its RMSNorm (norm null: none) into `row`, shared, filled up to 16 floats; the largest size's bits are
+// returned. x is filled up with zeros to 16. scratch: 33 words, shared.
+template <int kThreads>
+GPU_DEVICE uint32_t normed_row(const float *x, const float *norm, int n, float eps, float *row, uint32_t *scratch) {
+  const int filled = (n + 15) / 16 * 16;
+  for (int i = thread_id(); i < filled / 4; i += kThreads) ((uint4 *)row)[i] = ((const uint4 *)x)[i];
+  sync_block();
+  uint32_t most = 0;
+  float inverse = 1.0f;
+  if (norm) {
+    inverse_rms(row, n, filled, eps, (float *)scratch + 32);
+    inverse = ((float *)scratch)[32];
+  }
+  for (int i = thread_id(); i < filled; i += kThreads) {
+    float y = norm ? row[i] * inverse * norm[i] : row[i];
+    row[i] = y;
+    uint32_t size = size_bits(y);
+    most = size > most ? size : most;
+  }
+  return block_max<kThreads>(most, scratch);
+}
+
+// The same, and then quantised: int8 in q (any memory), zeros from n to `padded` (a multiple of 4).
+template <int kThreads>
+GPU_DEVICE RowFacts quantized_row(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
+                                  uint32_t *scratch) {
+  uint32_t bits = normed_row<kThreads>(x, norm, n, eps, row, scratch);
+  bool is_finite = bits < kInfinityBits;
+  float most = is_finite ? float_of(bits) : 1.0f;
+  float scale = 127.0f / (most > 1e-5f ? most : 1e-5f);
+  const int filled = (n + 15) / 16 * 16;
+  int sum = 0;
+  for (int i = thread_id(); i < padded / 4; i += kThreads) {
+    uint32_t word = 0;
+    if (4 * i < filled && is_finite) {
+      for (int b = 0; b < 4; ++b) {
+        float v = nearest(row[4 * i + b] * scale);
+        v = v > 127.0f ? 127.0f : v < -128.0f ? -128.0f : v;
+        word |= (uint32_t)((int)v & 255) << 8 * b;
+      }
+    }
+    ((uint32_t *)q)[i] = word;
+    sum = dot4_ss(word, 0x01010101u, sum);
+  }
+  sum = block_sum<kThreads>(sum, scratch);
+  return {scale, sum, is_finite};
+}
+
+}  // namespace halo

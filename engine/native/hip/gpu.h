@@ -1,0 +1,176 @@
+// What differs between the targets of the device code, and nothing else: HIP (gfx1151), CUDA (to run and measure where no
+// such GPU stands) and SIM (the device simulated on the CPU, so that a machine without any GPU runs every kernel).
+//
+// A kernel takes one struct by value, is launched with one-dimensional blocks, has 32 lanes to a wave on every target,
+// and takes its shared memory from shared_memory(). Nothing is fused or reordered that is not written so: the compiler's
+// contraction is off, and fused operations are __builtin_fmaf or fused().
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(HALO_SIM)
+#include "sim.h"
+#elif defined(__HIP__)
+#include <hip/hip_runtime.h>
+#else
+#include <cuda_runtime.h>
+#endif
+
+#if defined(HALO_SIM)
+#define GPU_KERNEL(threads) extern "C" void
+#define GPU_DEVICE static inline
+#define GPU_UNROLL
+#elif defined(__HIP__)
+#define GPU_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads) void
+#define GPU_DEVICE static __device__ __forceinline__
+#define GPU_UNROLL _Pragma("unroll")
+#else
+#define GPU_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define GPU_DEVICE static __device__ __forceinline__
+#define GPU_UNROLL _Pragma("unroll")
+#endif
+
+namespace halo {
+
+const int kWave = 32;
+
+#if defined(HALO_SIM)
+
+GPU_DEVICE int thread_id() { return sim::thread(); }
+GPU_DEVICE int block_id() { return sim::block(0); }
+GPU_DEVICE int block_y() { return sim::block(1); }
+GPU_DEVICE int block_z() { return sim::block(2); }
+GPU_DEVICE int block_count() { return sim::blocks(); }
+GPU_DEVICE uint8_t *shared_memory() { return sim::shared(); }
+GPU_DEVICE void sync_block() { sim::sync_block(); }
+GPU_DEVICE void sync_wave() { sim::sync_wave(); }
+GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return sim::exchange(x, (thread_id() % kWave) ^ mask); }
+GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return sim::exchange(x, lane); }
+GPU_DEVICE void fence() {}
+GPU_DEVICE void wait_for_previous() {}
+GPU_DEVICE void let_next_start() {}
+GPU_DEVICE int atomic_add(int *p, int x) { return (*p += x) - x; }
+GPU_DEVICE uint32_t atomic_or(uint32_t *p, uint32_t x) { uint32_t was = *p; *p |= x; return was; }
+GPU_DEVICE uint32_t atomic_and(uint32_t *p, uint32_t x) { uint32_t was = *p; *p &= x; return was; }
+GPU_DEVICE uint32_t atomic_max(uint32_t *p, uint32_t x) { uint32_t was = *p; *p = x > was ? x : was; return was; }
+GPU_DEVICE uint64_t atomic_max(uint64_t *p, uint64_t x) { uint64_t was = *p; *p = x > was ? x : was; return was; }
+GPU_DEVICE uint4 load_once(const uint4 *p) { return *p; }
+GPU_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+GPU_DEVICE float root(float x) { return __builtin_sqrtf(x); }
+GPU_DEVICE float nearest(float x) { return __builtin_nearbyintf(x); }
+GPU_DEVICE uint32_t bits_of(float x) { uint32_t u; __builtin_memcpy(&u, &x, 4); return u; }
+GPU_DEVICE float float_of(uint32_t u) { float x; __builtin_memcpy(&x, &u, 4); return x; }
+// acc + the four bytes of w (unsigned) times those of x (signed); and both signed.
+GPU_DEVICE int dot4_us(uint32_t w, uint32_t x, int acc) {
+  for (int b = 0; b < 32; b += 8) acc += (int)(w >> b & 255) * (int8_t)(x >> b);
+  return acc;
+}
+GPU_DEVICE int dot4_ss(uint32_t w, uint32_t x, int acc) {
+  for (int b = 0; b < 32; b += 8) acc += (int8_t)(w >> b) * (int8_t)(x >> b);
+  return acc;
+}
+// Byte i of the result is byte (selector byte i, 0 to 7) of the eight bytes low, high.
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint64_t all = (uint64_t)high << 32 | low;
+  uint32_t result = 0;
+  for (int b = 0; b < 32; b += 8) result |= (uint32_t)(all >> 8 * (selector >> b & 7) & 255) << b;
+  return result;
+}
+
+#else
+
+GPU_DEVICE int thread_id() { return (int)threadIdx.x; }
+GPU_DEVICE int block_id() { return (int)blockIdx.x; }
+GPU_DEVICE int block_y() { return (int)blockIdx.y; }
+GPU_DEVICE int block_z() { return (int)blockIdx.z; }
+GPU_DEVICE int block_count() { return (int)gridDim.x; }
+GPU_DEVICE uint8_t *shared_memory() {
+  extern __shared__ __align__(16) uint8_t shared_bytes[];
+  return shared_bytes;
+}
+GPU_DEVICE void sync_block() { __syncthreads(); }
+GPU_DEVICE void fence() { __threadfence(); }
+GPU_DEVICE int atomic_add(int *p, int x) { return atomicAdd(p, x); }
+GPU_DEVICE uint32_t atomic_or(uint32_t *p, uint32_t x) { return atomicOr(p, x); }
+GPU_DEVICE uint32_t atomic_and(uint32_t *p, uint32_t x) { return atomicAnd(p, x); }
+GPU_DEVICE uint32_t atomic_max(uint32_t *p, uint32_t x) { return atomicMax(p, x); }
+GPU_DEVICE uint64_t atomic_max(uint64_t *p, uint64_t x) {
+  return atomicMax((unsigned long long *)p, (unsigned long long)x);
+}
+GPU_DEVICE float root(float x) { return sqrtf(x); }
+GPU_DEVICE float nearest(float x) { return rintf(x); }
+GPU_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+GPU_DEVICE float float_of(uint32_t u) { return __uint_as_float(u); }
+
+#if defined(__HIP__)
+
+GPU_DEVICE void sync_wave() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return (uint32_t)__shfl_xor((int)x, mask, kWave); }
+GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return (uint32_t)__shfl((int)x, lane, kWave); }
+GPU_DEVICE void wait_for_previous() {}
+GPU_DEVICE void let_next_start() {}
+// What is read once a token: it need not push anything out of the caches.
+GPU_DEVICE uint4 load_once(const uint4 *p) {
+  typedef uint32_t Four __attribute__((ext_vector_type(4)));
+  Four v = __builtin_nontemporal_load((const Four *)p);
+  return make_uint4(v.x, v.y, v.z, v.w);
+}
+GPU_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+GPU_DEVICE int dot4_us(uint32_t w, uint32_t x, int acc) {
+  return __builtin_amdgcn_sudot4(false, (int)w, true, (int)x, acc, false);
+}
+GPU_DEVICE int dot4_ss(uint32_t w, uint32_t x, int acc) {
+  return __builtin_amdgcn_sudot4(true, (int)w, true, (int)x, acc, false);
+}
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __builtin_amdgcn_perm(high, low, selector);
+}
+
+#else
+
+GPU_DEVICE void sync_wave() { __syncwarp(); }
+GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(~0u, x, lane); }
+// The next kernel may start while this one runs: what it does before wait_for_previous() must not need this one's results.
+GPU_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+GPU_DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+GPU_DEVICE uint4 load_once(const uint4 *p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+GPU_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+GPU_DEVICE int dot4_us(uint32_t w, uint32_t x, int acc) {
+  int result;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(w), "r"(x), "r"(acc));
+  return result;
+}
+GPU_DEVICE int dot4_ss(uint32_t w, uint32_t x, int acc) { return __dp4a((int)w, (int)x, acc); }
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t pairs = (selector | selector >> 4) & 0x00ff00ffu;  // the hardware's selector has four bits a byte
+  return __byte_perm(low, high, (pairs | pairs >> 8) & 0xffffu);
+}
+
+#endif
+#endif
+
+GPU_DEVICE float shuffle_xor(float x, int mask) { return float_of(shuffle_xor(bits_of(x), mask)); }
+GPU_DEVICE int shuffle_xor(int x, int mask) { return (int)shuffle_xor((uint32_t)x, mask); }
+GPU_DEVICE int wave_id() { return thread_id() / kWave; }
+GPU_DEVICE int lane_id() { return thread_id() % kWave; }
+
+}  // namespace halo

@@ -1,0 +1,249 @@
+// One head of the KV cache: how a token's key and value are turned, quantised and written, how queries are prepared, and
+// how the attention reads. layout.h has the order; cpu/cache.cpp and engine/kv_forms.py the arithmetic. Device code.
+#pragma once
+#include "arithmetic.h"
+#include "kernels.h"
+
+namespace halo {
+
+GPU_DEVICE uint32_t word_at(const uint4 &w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
+
+// Lloyd-Max's eight levels: 13, 40, 71, 114 and their negatives, as bytes.
+const uint32_t kLevelsUp = 0x7247280du, kLevelsDown = 0x8eb9d8f3u;
+
+struct KvHead {
+  uint8_t *keys, *values;
+  float *key_scales, *value_scales;
+  size_t words;  // rotor3: bytes of the words before the half-words
+};
+
+GPU_DEVICE KvHead kv_head(const KvView &kv, int slot, int layer, int head, KvStore form) {
+  const size_t index = ((size_t)slot * kv.layers + layer) * kv.kv_heads + head;
+  KvHead h;
+  h.keys = kv.data + 2 * index * kv.half;
+  h.values = h.keys + kv.half;
+  h.key_scales = form == KvStore::f16 ? nullptr : kv.scales + 2 * index * kv.room;
+  h.value_scales = form == KvStore::f16 ? nullptr : h.key_scales + kv.room;
+  h.words = (size_t)kv.room * kv.width / 4;
+  return h;
+}
+
+// Round to float16, nearest even; |x| is at most 65504.
+GPU_DEVICE uint32_t to_half(float x) {
+  x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+  uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size < 0x38800000) return sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000);  // subnormal: its unit is 2^-24
+  size += 0xfff + (size >> 13 & 1);
+  return sign | (size - (112u << 23)) >> 13;
+}
+
+GPU_DEVICE float half_of(uint32_t h) {
+  uint32_t sign = (h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest < 0x400) return (sign ? -1.0f : 1.0f) * ((float)rest * 5.9604644775390625e-8f);
+  return float_of(sign | ((rest << 13) + (112u << 23)));
+}
+
+// Sixteen codes of three bits as the bytes of their levels.
+GPU_DEVICE uint4 levels_of(uint32_t low, uint32_t high) {
+  uint32_t codes[4];
+  GPU_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    uint32_t two = low >> 8 * k & 255, one = high >> 4 * k & 15;
+    uint32_t c = (two & 3) | (two & 12) << 6 | (two & 48) << 12 | (two & 192) << 18;
+    codes[k] = c | (one & 1) << 2 | (one & 2) << 9 | (one & 4) << 16 | (one & 8) << 23;
+  }
+  return make_uint4(pick_bytes(kLevelsUp, kLevelsDown, codes[0]), pick_bytes(kLevelsUp, kLevelsDown, codes[1]),
+                    pick_bytes(kLevelsUp, kLevelsDown, codes[2]), pick_bytes(kLevelsUp, kLevelsDown, codes[3]));
+}
+
+// Number of the 16 codes (of the 8 halves) that hold elements 16 c and on (8 c) of a position's key.
+GPU_DEVICE size_t key_chunk_index(int width, int each, int position, int chunk) {
+  return ((size_t)(position / 32) * (width / each) + chunk) * 32 + position % 32;
+}
+
+template <KvStore kForm>
+GPU_DEVICE uint4 kv_key_chunk(const KvHead &kv, int width, int position, int chunk) {
+  const size_t at = key_chunk_index(width, kForm == KvStore::f16 ? 8 : 16, position, chunk);
+  if (kForm != KvStore::rotor3) return ((const uint4 *)kv.keys)[at];
+  return levels_of(((const uint32_t *)kv.keys)[at], ((const uint16_t *)(kv.keys + kv.words))[at]);
+}
+
+// Element d of the 16 positions (8 of f16) that `position` begins.
+template <KvStore kForm>
+GPU_DEVICE uint4 kv_value_chunk(const KvHead &kv, int width, int position, int d) {
+  const size_t at = (size_t)(position / (kForm == KvStore::f16 ? 8 : 16)) * width + d;
+  if (kForm != KvStore::rotor3) return ((const uint4 *)kv.values)[at];
+  return levels_of(((const uint32_t *)kv.values)[at], ((const uint16_t *)(kv.values + kv.words))[at]);
+}
+
+// The sign of element i of a rotated vector: engine/kv_forms.py, signs.
+GPU_DEVICE float rotation_sign(int i) {
+  uint64_t z = (uint64_t)(i + 1) * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return (z ^ (z >> 31)) >> 63 ? -1.0f : 1.0f;
+}
+
+// The Walsh-Hadamard transform of n floats (a power of two) in shared memory, by the block.
+template <int kThreadCount>
+GPU_DEVICE void hadamard(float *x, int n) {
+  for (int half = 1; half < n; half *= 2) {
+    for (int i = thread_id(); i < n / 2; i += kThreadCount) {
+      const int low = i / half * 2 * half + i % half;
+      float a = x[low], b = x[low + half];
+      x[low] = a + b;
+      x[low + half] = a - b;
+    }
+    sync_block();
+  }
+}
+
+template <int kThreadCount>
+GPU_DEVICE void turn(float *x, int n) {
+  for (int i = thread_id(); i < n; i += kThreadCount) x[i] = x[i] * rotation_sign(i);
+  sync_block();
+  hadamard<kThreadCount>(x, n);
+}
+
+template <int kThreadCount>
+GPU_DEVICE void turn_back(float *x, int n) {
+  hadamard<kThreadCount>(x, n);
+  for (int i = thread_id(); i < n; i += kThreadCount) x[i] = x[i] * rotation_sign(i);
+  sync_block();
+}
+
+// A float that the attention can bear, else 0, and the status says so.
+GPU_DEVICE float taken(float x, uint32_t *status) {
+  if (size_bits(x) < kTooLargeBits) return x;
+  atomic_or(status, kNotFinite);
+  return 0.0f;
+}
+
+// `rows` vectors of head_dim from `from` (shared with none) to `to` [row][width], shared, filled up with zeros, turned by
+// their position. The block does not meet at the end.
+GPU_DEVICE void take_rotated(const AttentionArgs &a, const float *from, int rows, int position, float *to) {
+  const int width = a.kv.width, size = a.kv.head_dim, half = size / 2;
+  const float *cosine = a.rope_cos + (size_t)position * a.rope_row, *sine = a.rope_sin + (size_t)position * a.rope_row;
+  for (int i = thread_id(); i < rows * half; i += kThreads) {
+    const int row = i / half, e = i % half;
+    float x = taken(from[row * size + e], a.status), y = taken(from[row * size + e + half], a.status);
+    to[row * width + e] = x * cosine[e] - y * sine[e];
+    to[row * width + e + half] = y * cosine[e] + x * sine[e];
+  }
+  for (int i = thread_id(); i < rows * (width - size); i += kThreads)
+    to[i / (width - size) * width + size + i % (width - size)] = 0.0f;
+}
+
+// The largest size of a vector in shared memory; every lane of the wave gets it.
+GPU_DEVICE float wave_largest(const float *x, int n) {
+  uint32_t most = 0;
+  for (int i = lane_id(); i < n; i += kWave) most = size_bits(x[i]) > most ? size_bits(x[i]) : most;
+  return float_of(wave_max(most));
+}
+
+// Queries of one token's group: scaled floats (f16) in `raw`, or int8 in q8 with their scales.
+template <KvStore kForm>
+GPU_DEVICE void prepare_queries(const AttentionArgs &a, int token, int head, int group, float *raw, int8_t *q8,
+                                float *q_scales) {
+  const int width = a.kv.width, size = a.kv.head_dim;
+  take_rotated(a, a.qkv + (size_t)token * a.qkv_stride + head * group * size, group, a.positions[token], raw);
+  sync_block();
+  if (kForm == KvStore::f16) {
+    for (int i = thread_id(); i < group * width; i += kThreads) raw[i] = raw[i] * a.scale;
+    sync_block();
+    return;
+  }
+  if (kForm == KvStore::rotor3)
+    for (int g = 0; g < group; ++g) turn<kThreads>(raw + g * width, width);
+  for (int g = wave_id(); g < group; g += kThreads / kWave) {
+    float most = wave_largest(raw + g * width, width);
+    most = most > 1e-30f ? most : 1e-30f;
+    const float factor = 127.0f / most;
+    for (int i = lane_id(); i < width; i += kWave) q8[g * width + i] = (int8_t)nearest(raw[g * width + i] * factor);
+    const float scale = kForm == KvStore::rotor3 ? a.scale / (float)size : a.scale;
+    if (lane_id() == 0) q_scales[g] = most / 127.0f * scale;
+  }
+  sync_block();
+}
+
+GPU_DEVICE void put_bits(uint32_t *word, int shift, uint32_t mask, uint32_t value) {
+  atomic_and(word, ~(mask << shift));
+  atomic_or(word, value << shift);
+}
+
+// The codes of rotor3 of one vector (turned, shared), by a wave; its scale.
+GPU_DEVICE float rotor3_codes(const float *x, int n, uint8_t *codes) {
+  const int lane = lane_id();
+  float squares = 0.0f, products = 0.0f;
+  for (int i = lane % 16; i < n; i += 16) squares = fused(x[i], x[i], squares);
+  const float rms = root(add_lanes(squares) / (float)n);
+  const float first = 0.5006f * rms, second = 1.0500f * rms, third = 1.7480f * rms;
+  int level_squares = 0;
+  for (int i = lane % 16; i < n; i += 16) {
+    const float size = float_of(size_bits(x[i]));
+    const int m = (size > first) + (size > second) + (size > third);
+    const int level = m == 0 ? 13 : m == 1 ? 40 : m == 2 ? 71 : 114;
+    codes[i] = (uint8_t)(m + (x[i] < 0.0f ? 4 : 0));  // both half-waves write the same
+    level_squares += level * level;
+    products = fused(x[i], x[i] < 0.0f ? -(float)level : (float)level, products);
+  }
+  for (int half = 8; half; half /= 2) level_squares += shuffle_xor(level_squares, half);
+  return add_lanes(products) / (float)level_squares;
+}
+
+// Write one token's key (turned by its position) and value of one head. raw, shared, has
+// [2][width] floats and 2 * width bytes behind them.
+template <KvStore kForm>
+GPU_DEVICE void append_token(const AttentionArgs &a, const KvHead &kv, int token, int head, float *raw) {
+  const int width = a.kv.width, size = a.kv.head_dim, position = a.positions[token];
+  const float *qkv = a.qkv + (size_t)token * a.qkv_stride;
+  const float *k = qkv + (a.heads + head) * size, *v = qkv + (a.heads + a.kv.kv_heads + head) * size;
+  take_rotated(a, k, 1, position, raw);
+  for (int i = thread_id(); i < width; i += kThreads) raw[width + i] = i < size ? taken(v[i], a.status) : 0.0f;
+  sync_block();
+  if (kForm == KvStore::f16) {
+    uint16_t *keys = (uint16_t *)kv.keys, *values = (uint16_t *)kv.values;
+    for (int d = thread_id(); d < width; d += kThreads) {
+      keys[key_chunk_index(width, 8, position, d / 8) * 8 + d % 8] = (uint16_t)to_half(raw[d]);
+      values[((size_t)(position / 8) * width + d) * 8 + position % 8] = (uint16_t)to_half(raw[width + d]);
+    }
+    return;
+  }
+  if (kForm == KvStore::rotor3) {
+    turn<kThreads>(raw, width);
+    turn<kThreads>(raw + width, width);
+  }
+  uint8_t *codes = (uint8_t *)(raw + 2 * width);  // of rotor3: what lies there is not in use yet
+  const int which = wave_id();
+  if (which < 2) {
+    const float *x = raw + which * width;
+    float scale, factor = 0.0f;
+    if (kForm == KvStore::int8) {
+      float most = wave_largest(x, width);
+      most = most > 1e-30f ? most : 1e-30f;
+      factor = 127.0f / most;
+      scale = most / 127.0f;
+      for (int d = lane_id(); d < width; d += kWave) {
+        const int8_t code = (int8_t)nearest(x[d] * factor);
+        if (which == 0) kv.keys[key_chunk_index(width, 16, position, d / 16) * 16 + d % 16] = (uint8_t)code;
+        if (which == 1) kv.values[((size_t)(position / 16) * width + d) * 16 + position % 16] = (uint8_t)code;
+      }
+    } else {
+      scale = rotor3_codes(x, width, codes + which * width);
+      sync_wave();
+      for (int d = lane_id(); d < width; d += kWave) {
+        const uint32_t code = codes[which * width + d];
+        const size_t at = which == 0 ? key_chunk_index(width, 16, position, d / 16)
+                                     : (size_t)(position / 16) * width + d;
+        const int i = which == 0 ? d % 16 : position % 16;
+        uint8_t *base = which == 0 ? kv.keys : kv.values;
+        put_bits((uint32_t *)base + at, 2 * i, 3, code & 3);
+        put_bits((uint32_t *)(base + kv.words) + at / 2, (int)(at % 2) * 16 + i, 1, code >> 2);
+      }
+    }
+    if (lane_id() == 0) (which == 0 ? kv.key_scales : kv.value_scales)[position] = scale;
+  }
+  sync_block();
+}
+
+}  // namespace halo

@@ -1,0 +1,350 @@
+// Ternary matrix times the activations of 1 to 16 tokens: the GEMV of decoding, and what is fused around it. A block
+// takes some tiles of 8 rows; its waves share their steps, and the rows' integer sums meet in shared memory, where the
+// order does not matter. Device code.
+//
+// One token: every block takes x through the norm and quantises it itself, while its first weights are on their way: on
+// either GPU that is cheaper than a kernel of its own. Several tokens come quantised.
+#pragma once
+#include "arithmetic.h"
+#include "kernels.h"
+#include "launch.h"
+
+namespace halo {
+
+const int kAhead = 8;           // steps that each wave has on their way
+const int kWaves = kThreads / kWave;
+const int kScratchBytes = 256;  // of block-wide sums: arithmetic.h
+const int kManyBytes = 40 << 10;  // of the activations that a block holds at once: several tokens
+
+// The tiles of one block.
+struct TileRange {
+  int first, last;
+};
+GPU_DEVICE TileRange own_tiles(int tile_count) {
+  return {(int)((long long)tile_count * block_id() / block_count()),
+          (int)((long long)tile_count * (block_id() + 1) / block_count())};
+}
+
+GPU_DEVICE uint32_t word_of(const uint4 &w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
+
+// Sums of one token: 16 bytes of codes times the activations that they meet. The codes stay where they are in their
+// bytes, times 4^s; the four sums are shifted back once, when all is added.
+struct TwoBits {
+  static const int kCols = 256, kPart = 64;
+  struct Sums {
+    int of[4] = {0, 0, 0, 0};
+  };
+  GPU_DEVICE void add(Sums &sums, const uint4 &w, const int8_t *x) {
+    GPU_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint4 four = ((const uint4 *)x)[i];
+      uint32_t word = word_of(w, i);
+      sums.of[0] = dot4_us(word & 0x03030303u, four.x, sums.of[0]);
+      sums.of[1] = dot4_us(word & 0x0c0c0c0cu, four.y, sums.of[1]);
+      sums.of[2] = dot4_us(word & 0x30303030u, four.z, sums.of[2]);
+      sums.of[3] = dot4_us(word & 0xc0c0c0c0u, four.w, sums.of[3]);
+    }
+  }
+  GPU_DEVICE int total(const Sums &s) { return s.of[0] + (s.of[1] >> 2) + (s.of[2] >> 4) + (s.of[3] >> 6); }
+  // Of several tokens, `stride` bytes apart.
+  template <int kTokens>
+  GPU_DEVICE void add_many(int *sums, const uint4 &w, const int8_t *x, int stride) {
+    GPU_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint32_t word = word_of(w, i), codes[4];
+      GPU_UNROLL
+      for (int s = 0; s < 4; ++s) codes[s] = word >> 2 * s & 0x03030303u;
+      GPU_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        uint4 four = ((const uint4 *)(x + t * stride))[i];
+        sums[t] = dot4_us(codes[0], four.x, sums[t]);
+        sums[t] = dot4_us(codes[1], four.y, sums[t]);
+        sums[t] = dot4_us(codes[2], four.z, sums[t]);
+        sums[t] = dot4_us(codes[3], four.w, sums[t]);
+      }
+    }
+  }
+};
+
+struct BaseThree {
+  static const int kCols = 320, kPart = 80;
+  struct Sums {
+    int of[2] = {0, 0};
+  };
+  // Five times four codes of one word, by multiplying with 3 and taking what goes beyond the byte.
+  GPU_DEVICE void unpack(uint32_t word, uint32_t (&codes)[5]) {
+    uint32_t even = word & 0x00ff00ffu, odd = word >> 8 & 0x00ff00ffu;
+    GPU_UNROLL
+    for (int d = 0; d < 5; ++d) {
+      even = even + (even << 1);
+      odd = odd + (odd << 1);
+      codes[d] = (even >> 8 & 0x00030003u) | (odd & 0x03000300u);
+      even &= 0x00ff00ffu;
+      odd &= 0x00ff00ffu;
+    }
+  }
+  template <int kTokens>
+  GPU_DEVICE void add_many(int *sums, const uint4 &w, const int8_t *x, int stride) {
+    GPU_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint32_t codes[5];
+      unpack(word_of(w, i), codes);
+      GPU_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const uint32_t *own = (const uint32_t *)(x + t * stride) + 5 * i;
+        GPU_UNROLL
+        for (int d = 0; d < 5; ++d) sums[t] = dot4_us(codes[d], own[d], sums[t]);
+      }
+    }
+  }
+  GPU_DEVICE void add(Sums &sums, const uint4 &w, const int8_t *x) {
+    uint32_t four[20];
+    GPU_UNROLL
+    for (int i = 0; i < 5; ++i) {
+      uint4 v = ((const uint4 *)x)[i];
+      four[4 * i] = v.x, four[4 * i + 1] = v.y, four[4 * i + 2] = v.z, four[4 * i + 3] = v.w;
+    }
+    GPU_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint32_t codes[5];
+      unpack(word_of(w, i), codes);
+      GPU_UNROLL
+      for (int d = 0; d < 5; ++d) sums.of[d % 2] = dot4_us(codes[d], four[5 * i + d], sums.of[d % 2]);
+    }
+  }
+  GPU_DEVICE int total(const Sums &s) { return s.of[0] + s.of[1]; }
+};
+
+// The four parts of a row lie in lanes l, l + 8, l + 16 and l + 24.
+GPU_DEVICE void add_parts(int sum, int *to) {
+  sum += shuffle_xor(sum, 8);
+  sum += shuffle_xor(sum, 16);
+  if (lane_id() < kTileRows) atomic_add(to + lane_id(), sum);
+}
+
+// Rows first..first + count of one token: out, from the integer sums.
+template <int kEpilogue>
+GPU_DEVICE void finish_rows(const ProductArgs &a, const int *sums, int first, int count, int token, int offset,
+                            float x_scale) {
+  float *out = a.out + (size_t)token * a.out_stride;
+  const int each = kEpilogue == kGated ? 2 : 1;
+  for (int r = thread_id() * each; r < count; r += kThreads * each) {
+    int row = first + r;
+    if (row >= a.rows) break;
+    float y = scaled(sums[r], offset, a.weight_scale[row], x_scale);
+    if (kEpilogue == kStore) out[row] = y;
+    if (kEpilogue == kAdd) out[row] = out[row] + y;
+    if (kEpilogue == kGated)
+      out[row / 2] = gated(y, scaled(sums[r + 1], offset, a.weight_scale[row + 1], x_scale), a.activation);
+  }
+}
+
+template <class Codes, int kEpilogue>
+GPU_DEVICE void product_of_one(const ProductArgs &a) {
+  const int filled = (a.n + 15) / 16 * 16, padded = a.steps * Codes::kCols;
+  const TileRange tiles = own_tiles(a.tile_count);
+  const int units = (tiles.last - tiles.first) * a.steps;
+  const int from = units * wave_id() / kWaves, to = units * (wave_id() + 1) / kWaves;
+  const uint4 *weights = a.tiles + ((size_t)tiles.first * a.steps + from) * kWave + lane_id();
+  uint4 ahead[kAhead];
+  GPU_UNROLL
+  for (int i = 0; i < kAhead; ++i)
+    if (from + i < to) ahead[i] = load_once(weights + i * kWave);
+  let_next_start();
+  wait_for_previous();
+
+  uint8_t *shared = shared_memory();
+  uint32_t *scratch = (uint32_t *)shared;
+  float *row = (float *)(shared + kScratchBytes);
+  int8_t *q = (int8_t *)(row + filled);
+  int *sums = (int *)(q + padded);
+  for (int i = thread_id(); i < (tiles.last - tiles.first) * kTileRows; i += kThreads) sums[i] = 0;
+  RowFacts facts = quantized_row<kThreads>(a.x, a.norm, a.n, a.eps, padded, row, q, scratch);
+  if (!facts.finite && thread_id() == 0) atomic_or(a.status, kNotFinite);
+
+  typename Codes::Sums own;
+  int tile = from / a.steps, step = from % a.steps;
+  const int8_t *x = q + lane_id() / kTileRows * Codes::kPart;
+  for (int unit = from; unit < to; unit += kAhead) {
+    GPU_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      if (unit + i < to) {
+        uint4 w = ahead[i];
+        if (unit + i + kAhead < to) ahead[i] = load_once(weights + (unit - from + i + kAhead) * kWave);
+        Codes::add(own, w, x + step * Codes::kCols);
+        if (++step == a.steps || unit + i + 1 == to) {
+          add_parts(Codes::total(own), sums + tile * kTileRows);
+          own = typename Codes::Sums();
+          step = 0;
+          ++tile;
+        }
+      }
+    }
+  }
+  sync_block();
+  finish_rows<kEpilogue>(a, sums, tiles.first * kTileRows, (tiles.last - tiles.first) * kTileRows, 0, facts.sum,
+                         facts.scale);
+}
+
+// Of up to kTokens tokens, whose int8 rows are there. Their columns pass through shared memory in pieces of whole steps.
+template <class Codes, int kEpilogue, int kTokens>
+GPU_DEVICE void product_of_many(const ProductArgs &a) {
+  const TileRange tiles = own_tiles(a.tile_count);
+  const int count = tiles.last - tiles.first;
+  int piece = kManyBytes / (kTokens * Codes::kCols);
+  piece = piece < a.steps ? piece : a.steps;
+  const int stride = piece * Codes::kCols;
+  uint8_t *shared = shared_memory();
+  int8_t *q = (int8_t *)shared;
+  int *sums = (int *)(q + kTokens * stride);
+  let_next_start();
+  wait_for_previous();
+  for (int i = thread_id(); i < kTokens * count * kTileRows; i += kThreads) sums[i] = 0;
+  for (int start = 0; start < a.steps; start += piece) {
+    const int steps = a.steps - start < piece ? a.steps - start : piece, units = count * steps;
+    const int from = units * wave_id() / kWaves, to = units * (wave_id() + 1) / kWaves;
+    const uint4 *weights = a.tiles + (size_t)tiles.first * a.steps * kWave + lane_id();
+    sync_block();
+    const int words = steps * Codes::kCols / 16;
+    for (int i = thread_id(); i < kTokens * words; i += kThreads) {
+      int t = i / words, k = i % words;
+      uint4 value = make_uint4(0, 0, 0, 0);
+      if (t < a.tokens) value = ((const uint4 *)(a.q.q + (size_t)t * a.q.stride + start * Codes::kCols))[k];
+      ((uint4 *)(q + t * stride))[k] = value;
+    }
+    sync_block();
+    int own[kTokens];
+    GPU_UNROLL
+    for (int t = 0; t < kTokens; ++t) own[t] = 0;
+    const int8_t *x = q + lane_id() / kTileRows * Codes::kPart;
+    int tile = from / steps, step = from % steps;
+    const int kFew = 4;
+    uint4 ahead[kFew];
+    int load_tile = tile, load_step = step;
+    GPU_UNROLL
+    for (int i = 0; i < kFew; ++i)
+      if (from + i < to) {
+        ahead[i] = load_once(weights + ((size_t)load_tile * a.steps + start + load_step) * kWave);
+        if (++load_step == steps) load_step = 0, ++load_tile;
+      }
+    for (int unit = from; unit < to; unit += kFew) {
+      GPU_UNROLL
+      for (int i = 0; i < kFew; ++i) {
+        if (unit + i < to) {
+          uint4 w = ahead[i];
+          if (unit + i + kFew < to) {
+            ahead[i] = load_once(weights + ((size_t)load_tile * a.steps + start + load_step) * kWave);
+            if (++load_step == steps) load_step = 0, ++load_tile;
+          }
+          Codes::template add_many<kTokens>(own, w, x + step * Codes::kCols, stride);
+          if (++step == steps || unit + i + 1 == to) {
+            GPU_UNROLL
+            for (int t = 0; t < kTokens; ++t) {
+              add_parts(own[t], sums + (t * count + tile) * kTileRows);
+              own[t] = 0;
+            }
+            step = 0;
+            ++tile;
+          }
+        }
+      }
+    }
+  }
+  sync_block();
+  for (int t = 0; t < a.tokens; ++t)
+    finish_rows<kEpilogue>(a, sums + t * count * kTileRows, tiles.first * kTileRows, count * kTileRows, t, a.q.sum[t],
+                           a.q.scale[t]);
+}
+
+#define HALO_PRODUCTS(codes, Codes)                                                                        \
+  HALO_PRODUCT_KERNELS(codes, Codes, store, kStore)                                                        \
+  HALO_PRODUCT_KERNELS(codes, Codes, add, kAdd)                                                            \
+  HALO_PRODUCT_KERNELS(codes, Codes, gated, kGated)
+#define HALO_PRODUCT_KERNELS(codes, Codes, name, epilogue)                                                 \
+  GPU_KERNEL(kThreads) halo_##codes##_##name##_1(ProductArgs a) { product_of_one<Codes, epilogue>(a); }    \
+  GPU_KERNEL(kThreads) halo_##codes##_##name##_2(ProductArgs a) { product_of_many<Codes, epilogue, 2>(a); } \
+  GPU_KERNEL(kThreads) halo_##codes##_##name##_4(ProductArgs a) { product_of_many<Codes, epilogue, 4>(a); } \
+  GPU_KERNEL(kThreads) halo_##codes##_##name##_8(ProductArgs a) { product_of_many<Codes, epilogue, 8>(a); } \
+  GPU_KERNEL(kThreads) halo_##codes##_##name##_16(ProductArgs a) { product_of_many<Codes, epilogue, 16>(a); }
+HALO_PRODUCTS(two, TwoBits)
+HALO_PRODUCTS(three, BaseThree)
+
+#define HALO_PRODUCT_TABLE(codes)                                                                    \
+  {                                                                                                  \
+    {halo_##codes##_store_1, halo_##codes##_store_2, halo_##codes##_store_4, halo_##codes##_store_8, \
+     halo_##codes##_store_16},                                                                       \
+        {halo_##codes##_add_1, halo_##codes##_add_2, halo_##codes##_add_4, halo_##codes##_add_8,     \
+         halo_##codes##_add_16},                                                                     \
+        {halo_##codes##_gated_1, halo_##codes##_gated_2, halo_##codes##_gated_4, halo_##codes##_gated_8, \
+         halo_##codes##_gated_16},                                                                   \
+  }
+
+// A block each for every row of int8: what several tokens need, and prefill.
+GPU_KERNEL(kThreads) halo_norm(NormArgs a) {
+  let_next_start();
+  wait_for_previous();
+  const int token = block_id();
+  uint8_t *shared = shared_memory();
+  RowFacts facts =
+      quantized_row<kThreads>(a.x + (size_t)token * a.x_stride, a.norm, a.n, a.eps, a.padded,
+                              (float *)(shared + kScratchBytes), a.out.q + (size_t)token * a.out.stride, (uint32_t *)shared);
+  if (thread_id() == 0) {
+    a.out.scale[token] = facts.scale;
+    a.out.sum[token] = facts.sum;
+    if (!facts.finite) atomic_or(a.status, kNotFinite);
+  }
+}
+
+GPU_KERNEL(kThreads) halo_embed(EmbedArgs a) {
+  let_next_start();
+  wait_for_previous();
+  const int token = block_id();
+  const uint8_t *from = a.rows + (size_t)a.in.tokens[token] * a.row_bytes;
+  if (thread_id() == 0) {
+    a.slots[token] = a.in.slots[token];
+    a.positions[token] = a.in.positions[token];
+  }
+  float *x = a.x + (size_t)token * a.stride;
+  for (int i = thread_id(); i < a.stride; i += kThreads)
+    x[i] = i >= a.hidden ? 0.0f : a.bf16 ? float_of((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
+}
+
+GPU_KERNEL(kWave) halo_publish(PublishArgs a) {
+  let_next_start();
+  wait_for_previous();
+  for (int i = thread_id(); i < a.count; i += kWave) a.host_ids[i] = a.ids[i];
+  if (thread_id() == 0) {
+    *a.host_status = *a.status;
+    *a.status = 0;
+  }
+}
+
+// How many blocks share a matrix: about two on each multiprocessor, none without a tile.
+inline int product_blocks(int tile_count) {
+  int most = 2 * device().multiprocessors;
+  int each = (tile_count + most - 1) / most;
+  return (tile_count + each - 1) / each;
+}
+
+inline void launch_product_kernel(const ProductArgs &args, Packing packing, Epilogue epilogue, Stream &stream) {
+  typedef void (*Kernel)(ProductArgs);
+  static const Kernel table[2][3][5] = {HALO_PRODUCT_TABLE(two), HALO_PRODUCT_TABLE(three)};
+  const int cols = step_cols(packing), blocks = product_blocks(args.tile_count);
+  const int tiles = (args.tile_count + blocks - 1) / blocks + 1;
+  int which = 0;
+  while (1 << which < args.tokens) ++which;
+  const bool fused_row = !args.q.q;
+  size_t shared;
+  if (fused_row) {
+    which = 0;
+    shared = kScratchBytes + (size_t)(args.n + 15) / 16 * 64 + (size_t)args.steps * cols + tiles * kTileRows * 4;
+  } else {
+    which = which ? which : 1;
+    int piece = kManyBytes / ((1 << which) * cols);
+    piece = piece < args.steps ? piece : args.steps;
+    shared = (size_t)(1 << which) * (piece * cols + tiles * kTileRows * 4);
+  }
+  launch(table[packing == Packing::base_three][epilogue][which], {blocks}, kThreads, shared, stream, args);
+}
+
+}  // namespace halo
