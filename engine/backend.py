@@ -1,15 +1,14 @@
 """The native engine from Python: ctypes over `engine/native/halo.h`. Not a sampler and not a scheduler.
 
-Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays. Environment:
-HALO_LIB_DIR and HALO_GENERATION_DIR (where the library lies), HALO_CPU_PATH (scalar, avx2, avx512,
-avx512vbmi, neon, neondot: forces a CPU path), HALO_THREADS (threads of a session), HALO_KV (form of the KV
-cache).
+Nothing is loaded before `NativeModel.open`; NumPy is imported by the calls that make arrays. Which library is
+taken: engine/device.py. Environment: HALO_CPU_PATH (scalar, avx2, avx512, avx512vbmi, neon, neondot: forces
+a CPU path), HALO_GPU_PATH (graph, eager: how a step is put on a GPU), HALO_THREADS (threads of a session),
+HALO_KV (form of the KV cache).
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,128 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from engine.errors import EXIT_COULD_NOT_RUN, HaloError
+from engine.device import Backend, RawConfig, check, choose_backend, open_backend, read_facts
+from engine.errors import HaloError
 from engine.model import ACTIVATIONS, ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ABI_VERSION: Final = 3
 RUN_ARGMAX: Final = 1
 KV_FORMS: Final = ("f32", "f16", "int8", "rotor3")  # of a KV cache; engine/kv_forms.py defines them
 DEFAULT_KV: Final = "int8"  # the library's own; docs/kv-cache.md says why
-_HINTS: Final = {
-    2: "check the path and its permissions",
-    3: "prepare the model again: halo install",
-    4: "unset HALO_CPU_PATH, or name a path that this machine has",
-    5: "use fewer slots or a shorter context",
-    7: "check the model: halo doctor",
-}
 _OPAQUE = ctypes.c_void_p
-_SIZE = ctypes.POINTER(ctypes.c_size_t)
-
-
-class _Config(ctypes.Structure):
-    _fields_ = [
-        *[
-            (name, ctypes.c_int32)
-            for name in (
-                "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size",
-                "max_seq_len", "tie_embeddings", "activation", "sub_norms", "head_dim",
-            )
-        ],
-        ("rope_theta", ctypes.c_float),
-        ("rms_norm_eps", ctypes.c_float),
-    ]  # fmt: skip
-
-
-_I32 = ctypes.c_int32
-_SIGNATURES: Final[dict[str, list[Any]]] = {
-    "halo_device_facts": [ctypes.c_char_p, ctypes.c_size_t, _SIZE],
-    "halo_model_open": [ctypes.c_char_p, ctypes.POINTER(_OPAQUE)],
-    "halo_model_config": [_OPAQUE, ctypes.POINTER(_Config)],
-    "halo_session_create": [_OPAQUE, _I32, _I32, _I32, *[ctypes.c_char_p] * 2, ctypes.POINTER(_OPAQUE)],
-    "halo_session_facts": [_OPAQUE, ctypes.c_char_p, ctypes.c_size_t, _SIZE],
-    "halo_session_run": [
-        _OPAQUE, _I32, _OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE, ctypes.c_uint32, _OPAQUE, ctypes.c_size_t, _OPAQUE,
-        ctypes.c_size_t,
-    ],
-    "halo_session_draw": [
-        _OPAQUE, _I32, *[_OPAQUE] * 5, ctypes.c_float, ctypes.c_size_t, ctypes.c_size_t, *[_OPAQUE] * 4,
-    ],
-    "halo_session_logits": [_OPAQUE, _I32, _OPAQUE, ctypes.c_size_t],
-    "halo_ternary_sums": [ctypes.c_char_p, _OPAQUE, _I32, _I32, _OPAQUE, _I32, _OPAQUE],
-}  # fmt: skip
-
-
-def find_library(name: str = "cpu") -> Path:
-    """The library `libhalo_<name>.so` of HALO_LIB_DIR, else of the generation. HaloError if there is none."""
-    file = f"libhalo_{name}.so"
-    folder = os.environ.get("HALO_LIB_DIR")
-    generation = os.environ.get("HALO_GENERATION_DIR")
-    if folder:
-        path = Path(folder) / file
-    elif generation:
-        path = Path(generation) / "lib" / file
-    else:
-        raise HaloError(
-            f"The native library {file} cannot be found: this is not an installed halo.",
-            hint="run halo install, or set HALO_LIB_DIR to a build of engine/native",
-            exit_code=EXIT_COULD_NOT_RUN,
-        )
-    if not path.is_file():
-        raise HaloError(
-            f"The native library {path} is missing.", hint="halo install", exit_code=EXIT_COULD_NOT_RUN
-        )
-    return path
-
-
-def load_library(path: Path) -> ctypes.CDLL:
-    """Load a backend library and check its ABI version. Raises HaloError if it cannot be used here."""
-    try:
-        library = ctypes.CDLL(str(path))
-        library.halo_last_error.restype = ctypes.c_char_p
-        library.halo_abi_version.restype = ctypes.c_uint32
-        for name, arguments in _SIGNATURES.items():
-            getattr(library, name).argtypes = arguments
-            getattr(library, name).restype = ctypes.c_int
-        for name in ("halo_model_close", "halo_session_close"):
-            getattr(library, name).argtypes = [_OPAQUE]
-            getattr(library, name).restype = None
-        version = library.halo_abi_version()
-    except (OSError, AttributeError) as error:
-        raise HaloError(
-            f"The native library {path} cannot be loaded: {error}.",
-            hint="build it again: halo install",
-            exit_code=EXIT_COULD_NOT_RUN,
-        ) from error
-    if version != ABI_VERSION:
-        raise HaloError(
-            f"The native library {path} speaks ABI {version}, and this halo speaks {ABI_VERSION}.",
-            hint="build it again: halo install",
-            exit_code=EXIT_COULD_NOT_RUN,
-        )
-    return library
-
-
-def check(library: ctypes.CDLL, status: int) -> None:
-    """Raise HaloError with the library's own sentence unless `status` is HALO_OK."""
-    if status:
-        text = (library.halo_last_error() or b"").decode("utf-8", "replace") or f"status {status}"
-        raise HaloError(f"The native engine refused: {text}.", hint=_HINTS.get(status, ""))
-
-
-def _read_facts(library: ctypes.CDLL, function: str, *arguments: Any) -> dict[str, Any]:  # noqa: ANN401
-    buffer, needed = ctypes.create_string_buffer(4096), ctypes.c_size_t()
-    check(library, getattr(library, function)(*arguments, buffer, len(buffer), ctypes.byref(needed)))
-    facts: dict[str, Any] = json.loads(buffer.value)
-    return facts
-
-
-def device_facts(path: Path | None = None) -> dict[str, Any]:
-    """What the library found on this machine: backend, abi, isa (its best path), paths, cpus."""
-    return _read_facts(load_library(path or find_library()), "halo_device_facts")
 
 
 def _thread_count(threads: int | None) -> int:
@@ -197,29 +86,34 @@ class _Closing(ABC):
 class NativeModel(_Closing):
     """A prepared model, mapped. Close it, or use it as a context manager; its sessions may outlive it."""
 
-    def __init__(self, library: ctypes.CDLL, path: Path) -> None:
-        self._library = library
+    def __init__(self, backend: Backend, path: Path) -> None:
+        library = self._library = backend.library
+        self.backend = backend
         self._handle = _OPAQUE()
         self.path = path
         check(library, library.halo_model_open(os.fsencode(path), ctypes.byref(self._handle)))
-        raw = _Config()
+        raw = RawConfig()
         check(library, library.halo_model_config(self._handle, ctypes.byref(raw)))
-        values = {name: getattr(raw, name) for name, *_ in _Config._fields_}
+        values = {name: getattr(raw, name) for name, *_ in RawConfig._fields_}
         values["activation"] = ACTIVATIONS[raw.activation]
         flags = {name: bool(values[name]) for name in ("tie_embeddings", "sub_norms")}
         self.config = ModelConfig(**{**values, **flags})
 
     @classmethod
     def open(cls, path: Path, library: Path | None = None) -> NativeModel:
-        """Map the prepared file at `path` with the given or the found backend library."""
-        return cls(load_library(library or find_library()), Path(path))
+        """Map the prepared file at `path` with the given library, else with the backend of this machine."""
+        return cls(open_backend(library) if library else choose_backend(), Path(path))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """backend, abi, isa, paths, cpus, threads; isa and threads are what a session will use by default."""
-        facts = _read_facts(self._library, "halo_device_facts")
-        facts["isa"] = os.environ.get("HALO_CPU_PATH") or facts["isa"]
-        facts["threads"] = _thread_count(None) or facts["cpus"]
+        """backend, backend_reason, abi, isa, threads and what else the library says of its device.
+
+        isa and threads are what a session will use by default.
+        """
+        facts = self.backend.facts()
+        if self.backend.name == "cpu":
+            facts["isa"] = os.environ.get("HALO_CPU_PATH") or facts["isa"]
+        facts["threads"] = _thread_count(None) or facts.get("cpus", 1)
         return facts
 
     def session(
@@ -232,12 +126,13 @@ class NativeModel(_Closing):
     ) -> Session:
         """A session of `slots` sequences of up to `context` tokens (default: the model's most).
 
-        `threads` defaults to HALO_THREADS, else one per CPU; `path` to HALO_CPU_PATH, else the best;
-        `kv` (one of KV_FORMS) to HALO_KV, else to DEFAULT_KV.
+        `threads` defaults to HALO_THREADS, else one per CPU; `path` to HALO_CPU_PATH or, on a GPU,
+        HALO_GPU_PATH, else the best; `kv` (one of KV_FORMS) to HALO_KV, else to DEFAULT_KV.
         """
         if not self._handle:
             raise HaloError("The model is closed.", hint="open it again")
-        path = path or os.environ.get("HALO_CPU_PATH") or None
+        variable = "HALO_CPU_PATH" if self.backend.name == "cpu" else "HALO_GPU_PATH"
+        path = path or os.environ.get(variable) or None
         form = _kv_form(kv, self.config.head_dim)
         handle = _OPAQUE()
         room = context if context is not None else self.config.max_seq_len
@@ -280,7 +175,7 @@ class Session(_Closing):
     @property
     def facts(self) -> dict[str, Any]:
         """isa, threads, slots, context, kv and kv_bytes of this session."""
-        return _read_facts(self._library, "halo_session_facts", self._open())
+        return read_facts(self._library, "halo_session_facts", self._open())
 
     def run(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]

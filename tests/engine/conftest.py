@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backend import device_facts
+from engine.device import device_facts
 from engine.formats.h1b import pack_codes
 from engine.model import Layer, Model, ModelConfig, Ternary
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backend import DEFAULT_KV, KV_FORMS, NativeModel, Session, load_library
+from engine.backend import DEFAULT_KV, KV_FORMS, NativeModel, Session
+from engine.device import load_library
 from engine.errors import HaloError
 from engine.formats.prepared import prepare
 from engine.kv_forms import LEVELS, append, attend, new_cache, rotate, rotate_back, signs, to_int8, to_rotor3

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backend import NativeModel, Session, check, device_facts, find_library, load_library
+from engine.backend import NativeModel, Session
+from engine.device import check, device_facts, find_library, load_library
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
 from engine.formats.prepared import prepare, read_directory
 from engine.formats.tiles import ternary_tiles
