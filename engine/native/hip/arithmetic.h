@@ -89,12 +89,11 @@ struct RowFacts {
 };
 
 // 1 / sqrt(mean(x^2) + eps) of a row of `filled` floats in shared memory, of which n count (the rest are 0). The first
-// half-wave works; the block meets once, so that `result` (shared) may be read.
+// wave works, its halves alike; the block meets once, so that `result` (shared) may be read.
 GPU_DEVICE void inverse_rms(const float *row, int n, int filled, float eps, float *result) {
-  if (thread_id() < 16) {
+  if (wave_id() == 0) {  // a whole wave, since all of it must meet in add_lanes
     float sum = 0.0f;
-    GPU_UNROLL
-    for (int i = thread_id(); i < filled; i += 16) sum = fused(row[i], row[i], sum);
+    for (int i = thread_id() % 16; i < filled; i += 16) sum = fused(row[i], row[i], sum);
     sum = add_lanes(sum);
     if (thread_id() == 0) *result = 1.0f / root(sum / (float)n + eps);
   }

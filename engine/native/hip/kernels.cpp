@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "head_kernels.h"
 #include "product.h"
 #include "repack.h"
 

@@ -97,6 +97,7 @@ class GpuModel::Loader {
     return m;
   }
 
+  Stream &stream() { return stream_; }
   void finish() { stream_.sync(); }
 
  private:
@@ -150,6 +151,7 @@ GpuModel::GpuModel(const char *path) : host_(path, false), packing_(chosen_packi
   }
   embedding = loader.rows(host_.embedding);
   head = c.tie_embeddings ? embedding : loader.rows(host_.head);
+  head_weights_ = std::make_unique<HeadWeights>(host_, HeadRows{head.data, head.row_bytes, head.bf16}, loader.stream());
   loader.finish();
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../cpu/model.h"
+#include "head.h"
 #include "kernels.h"
 
 namespace halo {
@@ -23,7 +24,8 @@ class GpuModel {
   const Model &host() const { return host_; }
   int q_size() const { return host_.q_size(); }
   Packing packing() const { return packing_; }
-  size_t bytes() const { return bytes_; }  // on the device
+  size_t bytes() const { return bytes_ + head_weights_->bytes(); }  // on the device
+  const HeadWeights &head_weights() const { return *head_weights_; }
 
   std::vector<GpuLayer> layers;
   const float *final_norm, *rope_cos, *rope_sin;
@@ -31,10 +33,11 @@ class GpuModel {
 
  private:
   class Loader;
-  const Model host_;  // mapped, for what the head's construction still reads
+  const Model host_;  // mapped
   Packing packing_;
   size_t bytes_ = 0;
   std::vector<DeviceBytes> memory_;
+  std::unique_ptr<HeadWeights> head_weights_;
 };
 
 }  // namespace halo
