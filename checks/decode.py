@@ -33,6 +33,7 @@ def check_decode(case: Case) -> Iterator[Finding]:
         return
     if not decoded.by_engine:
         yield from _generation(decoded, installed)
+    yield from _on_the_cpu(decoded, installed)
     if not decoded.wanted:
         yield Finding(
             "decode.no-golden",
@@ -96,14 +97,25 @@ def _generation(decoded: Decoded, installed: Installed) -> Iterator[Finding]:
             ),
             hint="If it stays so, another halo holds the port: halo doctor --prefix DIR",
         )
-    if installed.manifest.get("profile") == "strix-halo" and health.get("backend") == "cpu":
-        yield Finding(
-            "decode.cpu-backend",
-            "The profile is strix-halo, but the server decodes on the CPU",
-            Severity.INFO,
-            evidence=(f"GET {decoded.url}/health: backend {health.get('backend')!r}",),
-            affects="speed",
-        )
+
+
+def _on_the_cpu(decoded: Decoded, installed: Installed) -> Iterator[Finding]:
+    """Right tokens, slowly: the GPU's library said why, unless somebody asked for the CPU."""
+    health = decoded.health or {}
+    if installed.manifest.get("profile") != "strix-halo" or health.get("backend") != "cpu":
+        return
+    reason = str(health.get("backend_reason") or "")[:200]
+    asked = reason.startswith("HALO_BACKEND=")
+    where = "the engine itself" if decoded.by_engine else f"GET {decoded.url}/health"
+    yield Finding(
+        "decode.cpu-backend",
+        "The profile is strix-halo, but the CPU decodes" + (", as HALO_BACKEND asks" if asked else ""),
+        Severity.INFO if asked else Severity.WARN,
+        evidence=(f"{where}: backend 'cpu'{f', since {reason}' if reason else ''}",),
+        affects="speed",
+        depends_on=("gpu", "access", "engine", "install", "decode.other-generation"),
+        hint="" if asked else "Ask the GPU's library itself: HALO_BACKEND=hip halo generate Hello",
+    )
 
 
 def _refused(decoded: Decoded) -> Finding:

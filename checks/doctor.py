@@ -187,8 +187,10 @@ def _details(case: Case) -> dict[str, str]:
         details["install"] = f"{case.installed.files_checked} files of {_generation(case)} as listed"
         details["services"] = _service_detail(case, case.installed)
     if case.decoded is not None and case.decoded.ids is not None:
-        backend = (case.decoded.health or {}).get("backend", "?")
-        how = "by the engine itself, no server runs" if case.decoded.by_engine else f"served by {backend}"
+        health = case.decoded.health or {}
+        device = f" on {health['device']}" if health.get("device") else ""
+        backend = f"{health.get('backend', '?')}{device}"
+        how = f"by the engine itself ({backend})" if case.decoded.by_engine else f"served by {backend}"
         count = len(case.decoded.ids)
         details["decode"] = f"{count} golden tokens, exact, {case.decoded.seconds:.2f} s, {how}"
     return details

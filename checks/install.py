@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from checks.case import Case, Installed
 from checks.finding import Finding, Fix, Severity
 
+GPU: Final = "gfx1151"  # that of a Strix Halo
 # The installer rebuilds a generation whose files do not match its manifest.
 REINSTALL: Final = Fix("build the generation anew", (("halo", "install", "--yes"),))
 _TITLES: Final = {
@@ -44,6 +45,7 @@ def check_install(case: Case) -> Iterator[Finding]:
         )
         return
     yield from _files(installed)
+    yield from _gpu_engine(installed)
     yield from _model(installed)
 
 
@@ -66,6 +68,35 @@ def _files(installed: Installed) -> Iterator[Finding]:
                 fix=None if denied else REINSTALL,
                 hint="Run the doctor as the user who owns the install." if denied else "",
             )
+
+
+def _gpu_engine(installed: Installed) -> Iterator[Finding]:
+    """Of an install for a Strix Halo: was the GPU's library built, and for this GPU?"""
+    if installed.manifest.get("profile") != "strix-halo":
+        return
+    build = installed.manifest.get("compiler")
+    hip = build.get("hip") if isinstance(build, Mapping) else None
+    targets = hip.get("targets") if isinstance(hip, Mapping) else None
+    if not isinstance(targets, list):
+        yield Finding(
+            "engine.no-gpu-library",
+            "The install has no GPU engine",
+            Severity.WARN,
+            evidence=("lib/build.json: no entry hip",),
+            affects="speed: the CPU decodes",
+            depends_on=("install.manifest-broken",),
+            fix=REINSTALL,
+        )
+    elif GPU not in targets:
+        yield Finding(
+            "engine.no-code-object",
+            f"The GPU engine has no code for {GPU}",
+            Severity.WARN,
+            evidence=(f"lib/build.json: hip.targets {', '.join(map(str, targets)) or 'none'}"[:200],),
+            affects="speed: the CPU decodes",
+            depends_on=("install.manifest-broken",),
+            fix=REINSTALL,
+        )
 
 
 def _model(installed: Installed) -> Iterator[Finding]:

@@ -97,11 +97,12 @@ def probe_engine(installed: Installed, timeout: float = ENGINE_SECONDS) -> Decod
     try:
         answer = json.loads(words)
         ids = tuple(int(each) for each in answer["ids"])
+        health = {key: answer[key] for key in ("backend", "backend_reason", "device") if answer.get(key)}
     except (ValueError, KeyError, TypeError, RecursionError):
         said = "it ran past its time" if code == -1 else words[:300]
         error = f"exit {code}: {said}"
         return Decoded("engine", None, prompt, wanted, None, seconds, error, by_engine=True)
-    return Decoded("engine", {}, prompt, wanted, ids, seconds, by_engine=True)
+    return Decoded("engine", health, prompt, wanted, ids, seconds, by_engine=True)
 
 
 def probe_compile(

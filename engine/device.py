@@ -21,6 +21,7 @@ ABI_VERSION: Final = 3
 BACKENDS: Final = ("cpu", "hip", "cuda", "sim")
 GPU_OF_AUTO: Final = "hip"  # the backend that is the product's; the others are asked for by name
 ON_THE_CPU: Final = "on the CPU meanwhile: HALO_BACKEND=cpu"
+LOST: Final = 9  # HALO_LOST of halo.h
 _REBUILD: Final = "build it again: halo install"
 _HINTS: Final = {
     2: "check the path and its permissions",
@@ -33,7 +34,7 @@ _GPU_HINTS: Final = _HINTS | {
     4: f"halo doctor says what the GPU or its driver lacks; {ON_THE_CPU}",
     5: f"use fewer slots or a shorter context; {ON_THE_CPU}",
     8: f"halo doctor; {ON_THE_CPU}",
-    9: f"start halo again; if it stays lost, read dmesg and ask halo doctor; {ON_THE_CPU}",
+    LOST: f"start halo again; if it stays lost, read dmesg and ask halo doctor; {ON_THE_CPU}",
 }
 _OPAQUE = ctypes.c_void_p
 _SIZE = ctypes.POINTER(ctypes.c_size_t)
@@ -72,6 +73,10 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "halo_session_logits": [_OPAQUE, _I32, _OPAQUE, ctypes.c_size_t],
     "halo_ternary_sums": [ctypes.c_char_p, _OPAQUE, _I32, _I32, _OPAQUE, _I32, _OPAQUE],
 }  # fmt: skip
+
+
+class DeviceLost(HaloError):
+    """The GPU stopped answering: nothing that this process holds of it is of any more use."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,8 @@ def check(library: ctypes.CDLL, status: int) -> None:
         text = (library.halo_last_error() or b"").decode("utf-8", "replace") or f"status {status}"
         gpu = name in BACKENDS and name != "cpu"
         hint = (_GPU_HINTS if gpu else _HINTS).get(status, "")
-        raise HaloError(f"The native engine{f' ({name})' if gpu else ''} refused: {text}.", hint=hint)
+        kind = DeviceLost if status == LOST else HaloError
+        raise kind(f"The native engine{f' ({name})' if gpu else ''} refused: {text}.", hint=hint)
 
 
 def read_facts(library: ctypes.CDLL, function: str, *arguments: Any) -> dict[str, Any]:  # noqa: ANN401

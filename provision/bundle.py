@@ -21,7 +21,16 @@ from provision.model_source import DEMO_MODEL, model_source
 from provision.render import TICK, Screen
 from provision.run import Log, failure, run
 from provision.signals import ending_signals
-from provision.toolchain import LIBRARY, Toolchain, build_native, system_toolchain, wheel_toolchain
+from provision.toolchain import (
+    HIP_LIBRARY,
+    HIP_TARGET,
+    LIBRARY,
+    Toolchain,
+    build_native,
+    libraries,
+    system_toolchain,
+    wheel_toolchain,
+)
 from provision.venv import VERSIONS, base_interpreter, install, probe
 
 MANIFEST: Final = "bundle.json"
@@ -37,16 +46,22 @@ PLATFORMS: Final = (
 )
 
 
-def prebuilt_library(bundle: Path) -> Path | None:
-    """The bundle's native library, when it is for this machine and this C library is not too old."""
-    library = bundle / "prebuilt" / platform.machine() / LIBRARY
-    if not library.is_file() or not (library.parent / "build.json").is_file():
+def prebuilt_library(bundle: Path, *, hip: bool = False) -> Path | None:
+    """The bundle's native library, when it is for this machine and this C library is not too old.
+
+    With `hip` only where the GPU's, with code for HIP_TARGET, lies beside it: else both are built here.
+    """
+    folder = bundle / "prebuilt" / platform.machine()
+    if not all((folder / name).is_file() for name in (*libraries(hip=hip), "build.json")):
         return None
-    needed = str(json.loads((library.parent / "build.json").read_text()).get("glibc", ""))
+    facts = json.loads((folder / "build.json").read_text())
+    if hip and HIP_TARGET not in facts.get("hip", {}).get("targets", ()):
+        return None
+    needed = str(facts.get("glibc", ""))
     name, have = platform.libc_ver()
     if needed and (name != "glibc" or _numbers(have) < _numbers(needed)):
         return None
-    return library
+    return folder / LIBRARY
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -58,6 +73,7 @@ def configure_bundle(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", type=Path, metavar="FILE", help="the file to make (halo-VERSION-ARCH.tar)")
     add("--python", metavar="X.Y[,X.Y]", help="Pythons of the target hosts (this one's)")
+    add("--hip", action="store_true", help=f"with {HIP_LIBRARY} for {HIP_TARGET}; needs ROCm here")
     add("--wheel-dir", type=Path, metavar="DIR", help="take wheels from DIR alone, with no index")
 
 
@@ -72,7 +88,7 @@ def run_bundle(args: Namespace) -> int:
     staging = Path(tempfile.mkdtemp(prefix=".halo-bundle-", dir=output.parent))
     try:
         with ending_signals():
-            fill(staging, source, pythons, machine, screen, log, args.wheel_dir)
+            fill(staging, source, pythons, machine, screen, log, args.wheel_dir, hip=args.hip)
             screen.begin(4, 4, "pack")
             partial = staging.with_suffix(".tar.tmp")
             pack(staging, partial)
@@ -107,8 +123,10 @@ def fill(
     screen: Screen,
     log: Log,
     wheel_dir: Path | None = None,
+    *,
+    hip: bool = False,
 ) -> None:
-    """Source, wheels and library into `staging`, and its manifest last."""
+    """Source, wheels and libraries into `staging`, and its manifest last."""
     screen.begin(1, 4, "source")
     copy_files(source, source_files(source, SOURCE_NAMES), staging)
     model = model_source(source)
@@ -120,7 +138,7 @@ def fill(
     fetch_wheels(source / "provision/requirements.lock", wheels, pythons, machine, log, screen, wheel_dir)
     screen.end(TICK, f"{len(list(wheels.iterdir()))} for Python {', '.join(f'{a}.{b}' for a, b in pythons)}")
     screen.begin(3, 4, "native library")
-    build = build_library(source, staging / "prebuilt" / machine, log, screen)
+    build = build_library(source, staging / "prebuilt" / machine, log, screen, hip=hip)
     screen.end(TICK, f"needs glibc {build['glibc']}" if build["glibc"] else "")
     manifest = {
         "schema": SCHEMA,
@@ -222,15 +240,16 @@ def _lock_for(lock: Path, scratch: Path, minor: int) -> Path:
     return path
 
 
-def build_library(source: Path, into: Path, log: Log, screen: Screen) -> dict[str, Any]:
-    """The native library for the hosts that have no compiler."""
+def build_library(source: Path, into: Path, log: Log, screen: Screen, *, hip: bool) -> dict[str, Any]:
+    """The native libraries for the hosts that have no compiler."""
     with tempfile.TemporaryDirectory(prefix="halo-build-") as scratch:
         build = Path(scratch)
         tools, missing = system_toolchain()
         chosen: Toolchain = (
             tools if tools is not None else _wheel_tools(source, build / "toolchain", missing, log)
         )
-        return build_native(source / "engine/native", build / "native", into, chosen, log, screen.tick)
+        native = source / "engine/native"
+        return build_native(native, build / "native", into, chosen, log, screen.tick, hip=hip)
 
 
 def _wheel_tools(source: Path, target: Path, missing: Sequence[str], log: Log) -> Toolchain:

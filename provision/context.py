@@ -61,6 +61,11 @@ class Context:
     sentence: str = ""
 
     @property
+    def hip(self) -> bool:
+        """Whether the GPU's library belongs to this install."""
+        return self.profile == "strix-halo"
+
+    @property
     def directory(self) -> Path:
         """The generation that this run is about."""
         return self.layout.generation(self.name)

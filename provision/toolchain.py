@@ -18,6 +18,14 @@ from provision.run import Log, run
 COMPILERS: Final = ("c++", "g++", "clang++")
 MINIMUM_CMAKE: Final = (3, 20)
 LIBRARY: Final = "libhalo_cpu.so"
+HIP_LIBRARY: Final = "libhalo_hip.so"
+HIP_TARGET: Final = "gfx1151"  # of the profile strix-halo
+# What CMake found and was told for the GPU's library: name in build.json, name in CMake's cache.
+_HIP_FACTS: Final = {
+    "compiler": "HALO_HIP_COMPILER",
+    "runtime": "HALO_HIP_RUNTIME",
+    "include": "HALO_HIP_INCLUDE",
+}
 
 
 @dataclass(frozen=True)
@@ -77,49 +85,98 @@ def _first(directory: Path, *names: str) -> Path:
     )
 
 
+def libraries(*, hip: bool) -> tuple[str, ...]:
+    """The files of the native libraries that an install has."""
+    return (LIBRARY, HIP_LIBRARY) if hip else (LIBRARY,)
+
+
 def build_native(
-    source: Path, build: Path, lib: Path, tools: Toolchain, log: Log, tick: Callable[[], None] | None = None
+    source: Path,
+    build: Path,
+    lib: Path,
+    tools: Toolchain,
+    log: Log,
+    tick: Callable[[], None] | None = None,
+    *,
+    hip: bool = False,
 ) -> dict[str, Any]:
-    """Build `source` (engine/native) in `build` and put the library into `lib`; returns build.json."""
-    configure: list[str | Path] = [
-        tools.cmake,
-        "-S",
-        source,
-        "-B",
-        build,
-        "-G",
-        tools.generator,
-        "-DCMAKE_BUILD_TYPE=Release",
-    ]
-    configure += [f"-DCMAKE_CXX_COMPILER={tools.compiler}", f"-DCMAKE_MAKE_PROGRAM={tools.make}"]
-    if not tools.wheels:
-        configure.append("-DCMAKE_SHARED_LINKER_FLAGS=-static-libstdc++ -static-libgcc")
+    """Build `source` (engine/native) in `build` and put the libraries into `lib`; returns build.json.
+
+    `hip`: the GPU's library for HIP_TARGET too, for which CMake finds ROCm.
+    """
     hint = f"the log has the compiler's words; by hand: cmake -S {source} -B BUILD && cmake --build BUILD"
+    if hip:
+        hint = f"{hint} (with -DHALO_HIP=ON); without the GPU: halo install --profile cpu"
+    configure = _configure(source, build, tools, hip=hip)
     run(configure, log=log, what="The native engine cannot be configured", hint=hint, tick=tick)
     jobs = str(os.cpu_count() or 1)
     compile_argv: list[str | Path] = [tools.cmake, "--build", build, "-j", jobs]
     run(compile_argv, log=log, what="The native engine cannot be built", hint=hint, tick=tick)
     lib.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(build / LIBRARY, lib / LIBRARY)
-    (lib / LIBRARY).chmod(0o755)
-    facts = describe(tools, lib / LIBRARY, build)
+    for name in libraries(hip=hip):
+        shutil.copyfile(build / name, lib / name)
+        (lib / name).chmod(0o755)
+    facts = describe(tools, lib, build, hip=hip)
     (lib / "build.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
     return facts
 
 
-def describe(tools: Toolchain, library: Path, build: Path) -> dict[str, Any]:
-    """build.json: compiler, flags, what the library needs of the C library, its sha256."""
-    version = run([tools.compiler, "--version"], timeout=60, check=False).stdout.partition("\n")[0]
+def _configure(source: Path, build: Path, tools: Toolchain, *, hip: bool) -> list[str | Path]:
+    argv: list[str | Path] = [tools.cmake, "-S", source, "-B", build, "-G", tools.generator]
+    argv += ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CXX_COMPILER={tools.compiler}"]
+    argv += [f"-DCMAKE_MAKE_PROGRAM={tools.make}"]
+    argv += ["-DHALO_HIP=ON", f"-DHALO_HIP_TARGETS={HIP_TARGET}"] if hip else ["-DHALO_HIP=OFF"]
+    if not tools.wheels:
+        argv.append("-DCMAKE_SHARED_LINKER_FLAGS=-static-libstdc++ -static-libgcc")
+    return argv
+
+
+def describe(tools: Toolchain, lib: Path, build: Path, *, hip: bool = False) -> dict[str, Any]:
+    """build.json: compiler, flags, needed C library, the libraries' sha256; under `hip` what made the GPU's."""
     cache = (build / "CMakeCache.txt").read_text(errors="replace")
     flags = re.findall(r"^CMAKE_CXX_FLAGS(?:_RELEASE)?:STRING=(.*)$", cache, re.MULTILINE)
-    return {
+    made = [lib / name for name in libraries(hip=hip)]
+    facts = {
         "schema": 1,
-        "compiler": version or tools.compiler.name,
+        "compiler": _version(tools.compiler),
         "from_wheels": tools.wheels,
         "flags": " ".join(flag for flag in flags if flag),
-        "glibc": needed_glibc(library),
-        "sha256": {library.name: sha256_file(library)},
+        "glibc": max((needed_glibc(library) for library in made), key=_numbers),
+        "sha256": {library.name: sha256_file(library) for library in made},
     }
+    if hip:
+        facts["hip"] = describe_hip(lib / HIP_LIBRARY, cache)
+    return facts
+
+
+def describe_hip(library: Path, cache: str) -> dict[str, Any]:
+    """Of the GPU's library: the GPUs it has code for, its compiler and the compiler's flags."""
+    entries = dict(re.findall(r"^(HALO_HIP\w*):\w+=(.*)$", cache, re.MULTILINE))
+    found = {name: entries.get(entry, "") for name, entry in _HIP_FACTS.items()}
+    asked = [target for target in entries.get("HALO_HIP_TARGETS", "").split(";") if target]
+    return {
+        "targets": code_objects(library) or asked,
+        "compiler": _version(Path(found["compiler"])) if found["compiler"] else "",
+        "program": found["compiler"],
+        "runtime": found["runtime"],
+        "flags": entries.get("HALO_HIP_FLAGS", "").replace(";", " "),
+    }
+
+
+def code_objects(library: Path) -> list[str]:
+    """The GPUs for which a HIP library has code, as its offload bundle names them; [] where it is packed."""
+    names = re.findall(rb"amdgcn-amd-amdhsa-[\w.]*-(gfx[0-9a-f]+)", library.read_bytes())
+    return sorted({name.decode() for name in names})
+
+
+def _version(compiler: Path) -> str:
+    """The first line that says what a compiler is: hipcc's own comes before its clang's."""
+    lines = run([compiler, "--version"], timeout=60, check=False).stdout.splitlines()
+    return next((line.strip() for line in lines if "clang" in line), lines[0] if lines else compiler.name)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part)
 
 
 def needed_glibc(library: Path) -> str:

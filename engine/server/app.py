@@ -57,6 +57,8 @@ async def health(request: Request) -> Response:
         "status": "ok" if runner.alive() else "error",
         "generation": service.home.generation,
         "backend": service.engine.facts.get("backend"),
+        "backend_reason": service.engine.facts.get("backend_reason"),
+        "device": service.engine.facts.get("device"),
         "isa": service.engine.facts.get("isa"),
         "threads": service.engine.facts.get("threads"),
         "model": service.model,

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from engine.device import DeviceLost
 from engine.generate import Engine, Step
 from engine.sampling import SamplingParams
 
@@ -88,6 +89,7 @@ class Runner:
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._stopping = False
+        self.lost: DeviceLost | None = None  # why the engine's thread ended by itself
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="halo-engine", daemon=True)
 
@@ -109,9 +111,11 @@ class Runner:
         return self._thread.is_alive()
 
     def submit(self, works: Sequence[Work]) -> Job:
-        """Queue a request; raises QueueFull. Call on the event loop's thread."""
+        """Queue a request; raises QueueFull, or DeviceLost. Call on the event loop's thread."""
         job = Job(works)
         with self._change:
+            if self.lost is not None:
+                raise self.lost
             self._waiting = deque(j for j in self._waiting if not j.cancelled())
             if len(self._waiting) >= self.queue_limit:
                 raise QueueFull
@@ -132,8 +136,20 @@ class Runner:
             try:
                 self._run(job)
                 job.deliver(None)
+            except DeviceLost as error:
+                self._give_up(job, error)
+                return
             except Exception as error:
                 job.deliver(error)
+
+    def _give_up(self, job: Job, error: DeviceLost) -> None:
+        """No job can be done any more: whoever waits is told, and the server ends (serve.py)."""
+        with self._change:
+            self.lost = error
+            jobs = [job, *self._waiting]
+            self._waiting.clear()
+        for each in jobs:
+            each.deliver(error)
 
     def _next(self) -> Job | None:
         with self._change:

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
+from engine.errors import EXIT_ERROR
 from engine.generate import Engine
 from engine.locate import locate
 from engine.server.app import build_app
@@ -44,7 +45,7 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until SIGTERM (0) or SIGINT (130); raises HaloError where it refuses to start."""
+    """Serve until SIGTERM (0), SIGINT (130) or the GPU is lost (1); HaloError where it refuses to start."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
     home = locate(options.model)
     digests = read_keys(options.api_keys) if options.api_keys else None
@@ -74,19 +75,25 @@ def listening_sockets(host: str, port: int, *, has_keys: bool) -> list[socket.so
 
 def serve_service(service: Service, sockets: list[socket.socket], digests: list[bytes] | None) -> int:
     """Serve an opened engine on bound sockets; the runner is started and stopped here."""
-    server = HaloServer(build_app(service, digests), announcement(service, sockets))
-    service.runner.start()
+    runner = service.runner
+    server = HaloServer(
+        build_app(service, digests), announcement(service, sockets), lambda: runner.lost is not None
+    )
+    runner.start()
     try:
         asyncio.run(server.serve(sockets))
     finally:
-        service.runner.stop()
+        runner.stop()
+    if runner.lost is not None:  # a new process may find the device again, or takes the CPU
+        print(f"error: {runner.lost}", file=sys.stderr, flush=True)
+        return EXIT_ERROR
     return 130 if server.ended_by == signal.SIGINT else 0
 
 
 class HaloServer(uvicorn.Server):
     """uvicorn's server that tells systemd what it does, and ends on SIGTERM as a service should: with 0."""
 
-    def __init__(self, app: ASGIApp, announcement: str) -> None:
+    def __init__(self, app: ASGIApp, announcement: str, useless: Callable[[], bool] = lambda: False) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -102,6 +109,7 @@ class HaloServer(uvicorn.Server):
             )
         )
         self._announcement = announcement
+        self._useless = useless
         self.ended_by: int | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -109,6 +117,10 @@ class HaloServer(uvicorn.Server):
         if self.started:
             print(self._announcement, file=sys.stderr, flush=True)
             notify("READY=1")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Asked ten times a second: whether to end, also where the engine never will answer again."""
+        return await super().on_tick(counter) or self._useless()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         notify("STOPPING=1")
@@ -141,5 +153,5 @@ def announcement(service: Service, sockets: list[socket.socket]) -> str:
     where = ", ".join(
         describe(sock) if sock.family == socket.AF_UNIX else f"http://{describe(sock)}" for sock in sockets
     )
-    device = " ".join(str(facts[key]) for key in ("backend", "isa") if facts.get(key))
+    device = " ".join(str(facts[key]) for key in ("backend", "isa", "device") if facts.get(key))
     return f"halo {service.home.version} serves {service.model} on {where} ({device or 'cpu'})"

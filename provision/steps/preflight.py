@@ -66,8 +66,8 @@ def identify(ctx: Context) -> None:
 
 
 def has_prebuilt(ctx: Context) -> bool:
-    """Whether the bundle brings a library for this machine."""
-    return ctx.bundle is not None and prebuilt_library(ctx.bundle) is not None
+    """Whether the bundle brings all libraries for this machine."""
+    return ctx.bundle is not None and prebuilt_library(ctx.bundle, hip=ctx.hip) is not None
 
 
 def judge(ctx: Context) -> None:

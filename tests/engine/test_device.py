@@ -1,0 +1,264 @@
+"""The backend that is taken, and what is said where it cannot be. The libraries are small lying ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine import device
+from engine.backend import NativeModel
+from engine.device import ABI_VERSION, BACKENDS, choose_backend, find_library, load_library
+from engine.errors import EXIT_COULD_NOT_RUN, EXIT_ERROR, HaloError
+from engine.server.serve import serve_service
+from engine.server.sockets import bind
+from tests.engine.server_fixtures import ScriptedSession, byte_tokens, make_engine, make_service, wait_until
+
+# Every function of halo.h; what it says of itself comes with -D.
+SOURCE = """
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifndef ABI
+#define ABI 3
+#endif
+#ifndef STATUS
+#define STATUS 0
+#endif
+#ifndef SAYS
+#define SAYS ""
+#endif
+extern "C" {
+uint32_t halo_abi_version(void) { return ABI; }
+const char *halo_last_error(void) { return SAYS; }
+int halo_device_facts(char *buffer, size_t capacity, size_t *needed) {
+  const char *facts = FACTS;
+  *needed = strlen(facts) + 1;
+  if (STATUS) return STATUS;
+  memcpy(buffer, facts, *needed < capacity ? *needed : capacity);
+  return 0;
+}
+int halo_model_open(const char *, void **) { return OPENS; }
+int halo_model_config(void *, void *) { return 8; }
+void halo_model_close(void *) {}
+int halo_session_create(void *, int, int, int, const char *, const char *, void **) { return 8; }
+int halo_session_facts(void *, char *, size_t, size_t *) { return 8; }
+int halo_session_run() { return 8; }
+int halo_session_draw() { return 8; }
+int halo_session_logits() { return 8; }
+void halo_session_close(void *) {}
+#ifndef LACKING
+int halo_ternary_sums() { return 8; }
+#endif
+}
+"""
+GPU_FACTS = {"backend": "hip", "abi": 3, "isa": "graph", "device": "a GPU", "arch": "gfx1151"}
+NO_DEVICE = "there is no GPU here that the driver knows"
+WRONG_CODE = "this library has code for gfx1100, and this GPU is gfx1151"
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """make(folder, name, **defines): libhalo_<name>.so there; each kind of library is compiled once."""
+    kept = tmp_path_factory.mktemp("lies")
+
+    def build(folder: Path, name: str, facts: dict[str, object] | None = None, **defines: object) -> Path:
+        defines = {"FACTS": json.dumps(json.dumps(facts or GPU_FACTS)), "OPENS": 8, **defines}
+        flags = [f"-D{key}={value}" for key, value in defines.items()]
+        made = kept / f"{abs(hash(tuple(flags)))}.so"
+        if not made.exists():
+            (kept / "lie.cpp").write_text(SOURCE)
+            command = ["c++", "-shared", "-fPIC", "-O0", *flags, str(kept / "lie.cpp"), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True)
+        folder.mkdir(exist_ok=True)
+        path = folder / f"libhalo_{name}.so"
+        path.write_bytes(made.read_bytes())
+        return path
+
+    return build
+
+
+@pytest.fixture
+def place(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a CPU library, which HALO_LIB_DIR names."""
+    for name in ("HALO_BACKEND", "HALO_GENERATION_DIR", "HALO_CPU_PATH", "HALO_GPU_PATH", "HALO_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "lib"
+    make(folder, "cpu", {"backend": "cpu", "abi": 3, "isa": "scalar", "cpus": 2})
+    monkeypatch.setenv("HALO_LIB_DIR", str(folder))
+    return folder
+
+
+def test_without_a_gpus_library_the_cpu_decodes_and_says_so(place: Path) -> None:
+    chosen = choose_backend({})
+    assert (chosen.name, chosen.facts()["backend"]) == ("cpu", "cpu")
+    assert chosen.facts()["backend_reason"] == "there is no libhalo_hip.so here"
+
+
+def test_a_gpus_library_that_finds_its_device_is_taken(place: Path, make: Make) -> None:
+    make(place, "hip")
+    chosen = choose_backend({})
+    assert chosen.name == "hip" and chosen.reason == ""
+    assert chosen.facts()["arch"] == "gfx1151"
+
+
+@pytest.mark.parametrize(
+    ("defines", "reason"),
+    [
+        ({"STATUS": 4, "SAYS": json.dumps(NO_DEVICE)}, NO_DEVICE),
+        ({"STATUS": 4, "SAYS": json.dumps(WRONG_CODE)}, WRONG_CODE),
+        ({"STATUS": 9, "SAYS": json.dumps("the GPU was lost")}, "the GPU was lost"),
+        ({"ABI": 2}, "speaks ABI 2"),
+        ({"LACKING": 1}, "cannot be loaded"),
+    ],
+)
+def test_a_gpus_library_of_no_use_leaves_the_cpu_and_its_reason(
+    place: Path, make: Make, defines: dict[str, object], reason: str
+) -> None:
+    """An update of the driver must not leave a box without an answer."""
+    make(place, "hip", **defines)
+    chosen = choose_backend({"HALO_BACKEND": "auto"})
+    assert chosen.name == "cpu" and reason in chosen.facts()["backend_reason"]
+
+
+@pytest.mark.parametrize(
+    ("defines", "sentence", "hint"),
+    [
+        (
+            {"STATUS": 4, "SAYS": json.dumps(NO_DEVICE)},
+            f"The native engine (hip) refused: {NO_DEVICE}.",
+            "doctor",
+        ),
+        ({"STATUS": 4, "SAYS": json.dumps(WRONG_CODE)}, WRONG_CODE, "halo doctor"),
+        ({"STATUS": 9, "SAYS": json.dumps("the GPU was lost")}, "the GPU was lost", "dmesg"),
+        ({"ABI": 2}, f"speaks ABI 2, and this halo speaks {ABI_VERSION}", "halo install"),
+        ({"LACKING": 1}, "halo_ternary_sums", "halo install"),
+    ],
+)
+def test_a_backend_that_is_asked_for_and_cannot_be_had_is_an_error(
+    place: Path, make: Make, defines: dict[str, object], sentence: str, hint: str
+) -> None:
+    make(place, "hip", **defines)
+    with pytest.raises(HaloError) as caught:
+        choose_backend({"HALO_BACKEND": "hip"})
+    assert sentence in caught.value.message and hint in caught.value.hint
+    assert caught.value.exit_code == EXIT_COULD_NOT_RUN
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cpu"])
+def test_a_missing_library_is_named(place: Path, name: str) -> None:
+    with pytest.raises(HaloError) as caught:
+        choose_backend({"HALO_BACKEND": name})
+    assert f"libhalo_{name}.so is missing" in caught.value.message
+    assert "HALO_BACKEND=cpu" in caught.value.hint and caught.value.exit_code == EXIT_COULD_NOT_RUN
+    assert ("--profile strix-halo" in caught.value.hint) == (name == "hip")
+
+
+@pytest.mark.parametrize("name", ["HIP", "gpu", "vulkan", "../cpu", " "])
+def test_an_unknown_backend_is_refused_with_the_names_there_are(place: Path, name: str) -> None:
+    with pytest.raises(HaloError) as caught:
+        choose_backend({"HALO_BACKEND": name})
+    assert repr(name) in caught.value.message and "auto, cpu, hip, cuda, sim" in caught.value.hint
+
+
+def test_the_cpu_that_is_asked_for_is_taken_beside_a_gpu(place: Path, make: Make) -> None:
+    make(place, "hip")
+    chosen = choose_backend({"HALO_BACKEND": "cpu"})
+    assert (chosen.name, chosen.reason) == ("cpu", "HALO_BACKEND=cpu")
+
+
+def test_a_library_of_nothing_but_noise_leaves_the_cpu(place: Path) -> None:
+    (place / "libhalo_hip.so").write_bytes(b"\x7fELF" + b"\0" * 200)
+    chosen = choose_backend({})
+    assert chosen.name == "cpu" and "cannot be loaded" in chosen.reason
+
+
+def test_without_any_library_the_cpus_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HALO_GENERATION_DIR", raising=False)
+    monkeypatch.setenv("HALO_LIB_DIR", str(tmp_path))
+    with pytest.raises(HaloError, match=r"libhalo_cpu\.so is missing"):
+        choose_backend({})
+    monkeypatch.delenv("HALO_LIB_DIR")
+    with pytest.raises(HaloError, match=r"libhalo_cpu\.so cannot be found") as caught:
+        choose_backend({})
+    assert "HALO_LIB_DIR" in caught.value.hint
+
+
+def test_the_generations_library_is_found(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HALO_LIB_DIR", raising=False)
+    monkeypatch.setenv("HALO_GENERATION_DIR", str(tmp_path))
+    path = make(tmp_path / "lib", "hip")
+    assert find_library("hip") == path and device.library_folder() == tmp_path / "lib"
+
+
+@pytest.mark.parametrize(
+    ("status", "says", "hint"),
+    [
+        (5, "the model needs 900 MB, and the GPU has 400 MB", "fewer slots"),
+        (9, "the GPU was lost: a kernel did not end well", "start halo again"),
+        (3, "the header's checksum is wrong", "prepare the model again"),
+    ],
+)
+def test_what_a_gpu_says_when_a_model_is_opened_comes_with_its_own_hint(
+    place: Path, make: Make, monkeypatch: pytest.MonkeyPatch, status: int, says: str, hint: str
+) -> None:
+    make(place, "hip", OPENS=status, SAYS=json.dumps(says))
+    monkeypatch.setenv("HALO_BACKEND", "hip")
+    with pytest.raises(HaloError) as caught:
+        NativeModel.open(place / "model.halo")
+    assert caught.value.message == f"The native engine (hip) refused: {says}." and hint in caught.value.hint
+
+
+def test_a_refusal_of_the_cpus_engine_keeps_its_words(place: Path, make: Make) -> None:
+    path = make(place / "other", "cpu", OPENS=4, SAYS=json.dumps("no such path"))
+    library = load_library(path)
+    with pytest.raises(HaloError) as caught:
+        device.check(library, 4)
+    assert caught.value.message == "The native engine refused: no such path."
+    assert "HALO_CPU_PATH" in caught.value.hint
+
+
+class LostSession(ScriptedSession):
+    """A device that is lost at its first step."""
+
+    def run(self, *arguments: Any) -> Any:
+        self.gate.wait(30)
+        raise device.DeviceLost("The native engine (hip) refused: the GPU was lost.", hint="start halo again")
+
+
+def test_a_lost_gpu_ends_the_server_with_an_error_and_all_who_wait_are_told() -> None:
+    """systemd then starts a new one, which finds the device again or takes the CPU."""
+    session = LostSession(byte_tokens(b"x"))
+    session.gate.clear()
+    service = make_service(make_engine(session))
+    sockets = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+    codes: list[int] = []
+    server = threading.Thread(target=lambda: codes.append(serve_service(service, sockets, None)), daemon=True)
+    server.start()
+    answers: list[httpx.Response] = []
+    body = {"model": "halo-test", "messages": [{"role": "user", "content": "Hello"}]}
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30))
+
+    clients = [threading.Thread(target=ask) for _ in range(2)]
+    for client in clients:
+        client.start()
+    wait_until(lambda: service.runner.counts() == (1, 1))
+    session.gate.set()
+    for thread in (*clients, server):
+        thread.join(30)
+    assert codes == [EXIT_ERROR]
+    assert [answer.status_code for answer in answers] == [500, 500]
+    assert all("the GPU was lost" in answer.json()["error"]["message"] for answer in answers)
+    assert service.runner.lost is not None and not service.runner.alive()
