@@ -1,0 +1,554 @@
+// Attention of many tokens over the KV cache of one layer, integer forms: RoPE and rounding of the queries, scores and
+// value sums on the matrix units, exactly; what is between them to the last bit as engine/kv_forms.py says. Device code.
+//
+// A block of 4 waves takes one tile of tokens and one KV head: up to 64 queries (tokens times the query heads that share
+// the head), 16 a wave. It walks the blocks of 256 positions in rising order. The scores of a wave's 16 queries with all
+// 256 positions stay in registers (128 a lane), become weights there, and their two bytes go back into the matrix unit
+// as its operand without passing through memory: mma.h chooses the order of positions for that. Sums over the values
+// come out 16 elements at a time. What is merged from block to block lies in the output row, which its lane alone reads.
+//
+// Shared memory: queries (64 x width), scales of two blocks of positions (4 KB), and two or three stages of keys (64
+// positions x width) or values (256 positions x 32 elements). Each 16 units of 16 bytes, positions of the keys or
+// elements of the values, are 256 bytes in a row, so the lanes that read them together have no bank in common.
+// 16 + 4 + 2 x 16 KB at a width of 256 on gfx1151, 8 + 4 + 2 x 8 KB at 128.
+#pragma once
+#include "kv.h"
+#include "launch.h"
+#include "mma.h"
+#include "prefill_launch.h"
+
+namespace halo {
+namespace prefill {
+
+const int kAttendThreads = 128, kAttendWaves = kAttendThreads / kWave;
+const int kChunk = 64;          // positions of a stage of keys
+const int kValueElements = 32;  // elements of a stage of values
+const int kScaleBytes = 4 * 2 * kBlockOfKv;  // of the keys and values of one block
+
+
+// What a block of threads works on.
+struct Work {
+  PrefillTile tile;
+  KvHead kv;
+  int head, group, rows;  // rows: queries
+  int last, seen;         // block of positions that the tile lies in, and how many of it its last token sees
+  uint8_t *queries;       // [wave][width / 16][16][16 bytes]
+  float *q_scales;        // [kPrefillRows]
+  uint8_t *scales;        // [2][keys, values][256]
+  uint8_t *stages;
+};
+
+GPU_DEVICE Work work_of(const PrefillAttentionArgs &a, KvStore form) {
+  Work w;
+  w.tile = a.tiles[block_id()];
+  w.head = block_y();
+  w.kv = kv_head(a.base.kv, w.tile.slot, a.base.layer, w.head, form);
+  w.group = a.base.heads / a.base.kv.kv_heads;
+  w.rows = w.tile.count * w.group;
+  w.last = w.tile.position / kBlockOfKv;
+  w.seen = w.tile.position % kBlockOfKv + w.tile.count;
+  w.q_scales = (float *)shared_memory();
+  w.scales = shared_memory() + 4 * kPrefillRows;
+  w.queries = w.scales + 2 * kScaleBytes;
+  w.stages = w.queries + a.query_bytes;
+  return w;
+}
+
+// H x for four vectors of a wave in shared memory; the block meets.
+GPU_DEVICE void hadamard_rows(float *x, int width) {
+  for (int half = 1; half < width; half *= 2) {
+    for (int i = lane_id(); i < 2 * width; i += kWave) {
+      const int in = i % (width / 2), low = i / (width / 2) * width + in / half * 2 * half + in % half;
+      const float a = x[low], b = x[low + half];
+      x[low] = a + b;
+      x[low + half] = a - b;
+    }
+    sync_block();
+  }
+}
+
+// Four queries of the wave through RoPE into shared memory, filled up with zeros.
+GPU_DEVICE void take_queries(const AttentionArgs &a, const Work &w, int first, float *to) {
+  const int width = a.kv.width, size = a.kv.head_dim, half = size / 2;
+  for (int i = lane_id(); i < width - half; i += kWave) {
+    GPU_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int row = first + r, token = row / w.group;
+      float *out = to + r * width;
+      if (i >= half || row >= w.rows) {
+        out[i + half] = 0.0f;
+        if (i < half) out[i] = 0.0f;
+        continue;
+      }
+      const float *in = a.qkv + (size_t)(w.tile.first + token) * a.qkv_stride + (w.head * w.group + row % w.group) * size;
+      const size_t at = (size_t)(w.tile.position + token) * a.rope_row + i;
+      const float x = taken(in[i], a.status), y = taken(in[i + half], a.status);
+      const float cosine = a.rope_cos[at], sine = a.rope_sin[at];
+      out[i] = x * cosine - y * sine;
+      out[i + half] = y * cosine + x * sine;
+    }
+  }
+}
+
+// The wave's 16 queries to int8, in the matrix unit's order. cpu/attention.cpp, put_query.
+template <KvStore kForm>
+GPU_DEVICE void prepare_rows(const AttentionArgs &a, const Work &w, int units) {
+  const int width = a.kv.width, lane = lane_id();
+  const float scale = kForm == KvStore::rotor3 ? a.scale / (float)a.kv.head_dim : a.scale;
+  float *four = (float *)w.stages + wave_id() * 4 * width;
+  uint8_t *own = w.queries + wave_id() * units * 256;
+  for (int batch = 0; batch < 16; batch += 4) {
+    take_queries(a, w, wave_id() * 16 + batch, four);
+    sync_block();
+    if (kForm == KvStore::rotor3) {
+      for (int i = lane; i < 4 * width; i += kWave) four[i] = four[i] * rotation_sign(i % width);
+      sync_block();
+      hadamard_rows(four, width);
+    }
+    for (int r = 0; r < 4; ++r) {
+      float most = wave_largest(four + r * width, width);
+      most = most > 1e-30f ? most : 1e-30f;
+      const float factor = 127.0f / most;
+      if (lane == 0) w.q_scales[wave_id() * 16 + batch + r] = most / 127.0f * scale;
+      for (int i = lane; i < 16 * units; i += kWave)
+        own[i / 16 * 256 + (batch + r) * 16 + i % 16] =
+            i < width ? (uint8_t)(int8_t)nearest(four[r * width + i] * factor) : 0;
+    }
+    sync_block();
+  }
+}
+
+// Keys and values on their way into shared memory: keys of 64 positions after one another, then values of 32 elements.
+#if defined(HALO_MMA_SYNC)
+template <KvStore kForm>
+struct Way {
+  static const bool kAsync = kForm == KvStore::int8;
+  static const int kStages = kAsync ? 3 : 2;
+};
+#else
+template <KvStore kForm>
+struct Way {
+  static const bool kAsync = false;
+  static const int kStages = 2;
+};
+#endif
+
+template <KvStore kForm, int kUnits>
+struct Feed {
+  int block = 0, chunk = 0, fetched = 0, used = 0;  // the next to fetch; stages so far
+  uint4 units[kForm == KvStore::int8 && !Way<kForm>::kAsync ? kUnits : 1];
+  uint32_t low[kForm == KvStore::rotor3 ? kUnits : 1], high[kForm == KvStore::rotor3 ? kUnits : 1];
+  int into = -1;  // the stage that what is in registers belongs to
+};
+
+GPU_DEVICE int positions_of(const Work &w, int block) { return block < w.last ? kBlockOfKv : w.seen; }
+
+// One unit of 16 bytes.
+template <KvStore kForm, int kUnits>
+GPU_DEVICE void fetch_unit(Feed<kForm, kUnits> &f, const uint8_t *base, size_t words, size_t unit, uint8_t *to, int i) {
+  if (kForm == KvStore::rotor3) {
+    f.low[i] = ((const uint32_t *)base)[unit];
+    f.high[i] = ((const uint16_t *)(base + words))[unit];
+  } else {
+#if defined(HALO_MMA_SYNC)
+    mma::copy16(to, base + 16 * unit);
+#else
+    (void)to;  // land() puts it there
+    f.units[i] = ((const uint4 *)base)[unit];
+#endif
+  }
+}
+
+template <KvStore kForm>
+GPU_DEVICE void fetch_scales(const Work &w, int block) {
+  const int at = block * kBlockOfKv + thread_id() % 64 * 4;
+  const float *from = (thread_id() < 64 ? w.kv.key_scales : w.kv.value_scales) + at;
+  uint8_t *to = w.scales + block % 2 * kScaleBytes + thread_id() * 16;
+#if defined(HALO_MMA_SYNC)
+  if (Way<kForm>::kAsync) {
+    mma::copy16(to, from);
+    return;
+  }
+#endif
+  *(uint4 *)to = *(const uint4 *)from;
+}
+
+// Send the next stage on its way.
+template <KvStore kForm, int kUnits>
+GPU_DEVICE void fetch(Feed<kForm, kUnits> &f, const Work &w, int width, int stage_bytes) {
+  f.into = -1;
+  if (f.block <= w.last) {
+    const int seen = positions_of(w, f.block), key_chunks = (seen + kChunk - 1) / kChunk;
+    f.into = f.fetched % Way<kForm>::kStages;
+    uint8_t *stage = w.stages + f.into * stage_bytes;
+    if (f.chunk == 0) fetch_scales<kForm>(w, f.block);
+    if (f.chunk < key_chunks) {
+      const size_t first = ((size_t)f.block * kBlockOfKv + f.chunk * kChunk) * (width / 16);
+      GPU_UNROLL
+      for (int i = 0; i < kUnits; ++i) {
+        const int at = thread_id() + i * kAttendThreads;
+        if (at < 4 * width)
+          fetch_unit(f, w.kv.keys, w.kv.words, first + at / 16 * 16 + mma::item_of(at % 16), stage + 16 * at, i);
+      }
+    } else {
+      const int element = (f.chunk - key_chunks) * kValueElements, groups = (seen + 15) / 16;
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int at = thread_id() + i * kAttendThreads, d = element + at / 256 * 16 + mma::item_of(at % 16);
+        const int group = at / 16 % 16;
+        if (group < groups && d < width)
+          fetch_unit(f, w.kv.values, w.kv.words, ((size_t)f.block * 16 + group) * width + d, stage + 16 * at, i);
+      }
+    }
+    ++f.fetched;
+    if (++f.chunk == key_chunks + (width + kValueElements - 1) / kValueElements) ++f.block, f.chunk = 0;
+  }
+#if defined(HALO_MMA_SYNC)
+  if (Way<kForm>::kAsync) mma::commit();
+#endif
+}
+
+// Put down what came through registers.
+template <KvStore kForm, int kUnits>
+GPU_DEVICE void land(Feed<kForm, kUnits> &f, const Work &w, int stage_bytes) {
+  if (Way<kForm>::kAsync || f.into < 0) return;
+  GPU_UNROLL
+  for (int i = 0; i < kUnits; ++i) {
+    const int at = thread_id() + i * kAttendThreads;
+    if (16 * at >= stage_bytes) continue;
+    uint4 *to = (uint4 *)(w.stages + f.into * stage_bytes) + at;
+    *to = kForm == KvStore::rotor3 ? levels_of(f.low[kForm == KvStore::rotor3 ? i : 0], f.high[kForm == KvStore::rotor3 ? i : 0])
+                                   : f.units[kForm == KvStore::int8 && !Way<kForm>::kAsync ? i : 0];
+  }
+}
+
+// Wait for the next stage, send the one after the others on its way; where the next one lies.
+template <KvStore kForm, int kUnits>
+GPU_DEVICE const uint8_t *next_stage(Feed<kForm, kUnits> &f, const Work &w, int width, int stage_bytes) {
+#if defined(HALO_MMA_SYNC)
+  if (Way<kForm>::kAsync) mma::wait<Way<kForm>::kStages - 2>();
+#endif
+  sync_block();
+  fetch(f, w, width, stage_bytes);
+  return w.stages + f.used++ % Way<kForm>::kStages * stage_bytes;
+}
+
+// What a lane knows of its queries in one block of positions.
+struct LaneRows {
+  int limit[mma::kLaneQueries];  // positions that they see
+  float scale[mma::kLaneQueries];
+  float top[mma::kLaneQueries], total[mma::kLaneQueries], unit[mma::kLaneQueries];
+};
+
+// Scores of 64 positions: four times sixteen.
+GPU_DEVICE void score_chunk(const uint8_t *stage, const uint8_t *queries, int width, int (*sums)[8]) {
+  for (int k = 0; k < width / 16; k += 2) {
+    const mma::Operand q = mma::load_queries(queries + k * 256);
+    const int stride = k + 1 < width / 16 ? 512 : 0;  // the query is zero where there is no key
+    GPU_UNROLL
+    for (int u = 0; u < 4; ++u)
+      mma::multiply<true>(sums[u], mma::load_items(stage + u / 2 * width * 32 + u % 2 * 256 + k * 512, stride), q);
+  }
+}
+
+// Over the lanes that share a query.
+GPU_DEVICE float largest_of_lanes(float x) {
+  GPU_UNROLL
+  for (int far = mma::kRunLanes; far < mma::kRunLanes * 16 / mma::kRun; far *= 2) {
+    const float other = shuffle_xor(x, far);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+const uint32_t kHidden = 0xff800000u;  // the score of a position that is not seen: -inf
+
+// Sums to scores (as bits), and the largest.
+GPU_DEVICE void finish_scores(int (&sums)[16][8], const float *key_scales, int pairs, LaneRows &r) {
+  const int first = mma::run_of_lane() * mma::kRun;
+  GPU_UNROLL
+  for (int q = 0; q < mma::kLaneQueries; ++q) r.top[q] = float_of(kHidden);
+  GPU_UNROLL
+  for (int u = 0; u < 16; ++u) {
+    if (u / 2 >= pairs) continue;
+    GPU_UNROLL
+    for (int i = 0; i < mma::kRun; ++i) {
+      const float scale = key_scales[16 * u + first + i];
+      GPU_UNROLL
+      for (int q = 0; q < mma::kLaneQueries; ++q) {
+        int &sum = sums[u][mma::result(q, i)];
+        float score = (float)sum * scale * r.scale[q];
+        if (16 * u + first + i >= r.limit[q]) score = float_of(kHidden);
+        r.top[q] = score > r.top[q] ? score : r.top[q];
+        sum = (int)bits_of(score);
+      }
+    }
+  }
+  GPU_UNROLL
+  for (int q = 0; q < mma::kLaneQueries; ++q) r.top[q] = largest_of_lanes(r.top[q]);
+}
+
+// Sixteen lanes' sums, of which this lane has a run, as a tree.
+GPU_DEVICE float tree_of_run(float (&lanes)[mma::kRun]) {
+  GPU_UNROLL
+  for (int half = 8; half; half /= 2) {
+    GPU_UNROLL
+    for (int i = 0; i < (half < mma::kRun ? half : mma::kRun); ++i)
+      lanes[i] = lanes[i] + (half < mma::kRun ? lanes[(i + half) % mma::kRun]
+                                              : shuffle_xor(lanes[i], half / mma::kRun * mma::kRunLanes));
+  }
+  return lanes[0];
+}
+
+// Scores to weights times the values' scales (as bits); what a unit of 15 bits of them is worth.
+GPU_DEVICE void finish_weights(int (&sums)[16][8], const float *value_scales, int pairs, LaneRows &r) {
+  const int first = mma::run_of_lane() * mma::kRun;
+  float most[mma::kLaneQueries], lanes[mma::kLaneQueries][mma::kRun] = {};
+  GPU_UNROLL
+  for (int q = 0; q < mma::kLaneQueries; ++q) most[q] = 1e-30f;
+  GPU_UNROLL
+  for (int u = 0; u < 16; ++u) {
+    if (u / 2 >= pairs) continue;
+    GPU_UNROLL
+    for (int i = 0; i < mma::kRun; ++i) {
+      const float scale = value_scales[16 * u + first + i];
+      GPU_UNROLL
+      for (int q = 0; q < mma::kLaneQueries; ++q) {
+        int &sum = sums[u][mma::result(q, i)];
+        const bool hidden = (uint32_t)sum == kHidden;
+        const float weight = hidden ? 0.0f : exp_of(float_of((uint32_t)sum) - r.top[q]);
+        const float scaled_weight = hidden ? 0.0f : weight * scale;
+        lanes[q][i] = lanes[q][i] + weight;
+        most[q] = scaled_weight > most[q] ? scaled_weight : most[q];
+        sum = (int)bits_of(scaled_weight);
+      }
+    }
+  }
+  GPU_UNROLL
+  for (int q = 0; q < mma::kLaneQueries; ++q) {
+    r.total[q] = tree_of_run(lanes[q]);
+    r.unit[q] = largest_of_lanes(most[q]);
+  }
+}
+
+// Weights of 32 positions to their two bytes: the upper (0 to 127) and the lower.
+GPU_DEVICE void split_weights(const int (*sums)[8], const float *factor, mma::Operand &high, mma::Operand &low) {
+  const int kWords = mma::kRun / 4;
+  uint32_t up[2][mma::kLaneQueries][kWords], down[2][mma::kLaneQueries][kWords];
+  GPU_UNROLL
+  for (int u = 0; u < 2; ++u) {
+    GPU_UNROLL
+    for (int q = 0; q < mma::kLaneQueries; ++q) {
+      GPU_UNROLL
+      for (int j = 0; j < kWords; ++j) {
+        uint32_t v[4];  // 1.5 * 2^23 + x has the whole number nearest to x in its lower bits, half to even
+        GPU_UNROLL
+        for (int b = 0; b < 4; ++b)
+          v[b] = bits_of(float_of((uint32_t)sums[u][mma::result(q, 4 * j + b)]) * factor[q] + 12582912.0f);
+        const uint32_t left = pick_bytes(v[0], v[1], 0x05010400u), right = pick_bytes(v[2], v[3], 0x05010400u);
+        down[u][q][j] = pick_bytes(left, right, 0x05040100u);
+        up[u][q][j] = pick_bytes(left, right, 0x07060302u);
+      }
+    }
+  }
+  high = mma::turn_results(up[0], up[1]);
+  low = mma::turn_results(down[0], down[1]);
+}
+
+// What has been merged so far of a lane's queries; this block's share of the sums, and theirs.
+struct Merged {
+  float top[mma::kLaneQueries], total[mma::kLaneQueries];
+  float keep[mma::kLaneQueries], take[mma::kLaneQueries];  // exp of the old and the new top under the larger
+};
+
+GPU_DEVICE void merge_tops(Merged &m, const LaneRows &r, bool first) {
+  GPU_UNROLL
+  for (int q = 0; q < mma::kLaneQueries; ++q) {
+    if (first) {
+      m.top[q] = r.top[q], m.total[q] = r.total[q];
+      continue;
+    }
+    const float top = m.top[q] > r.top[q] ? m.top[q] : r.top[q];
+    m.keep[q] = exp_of(m.top[q] - top);
+    m.take[q] = exp_of(r.top[q] - top);
+    m.total[q] = fused(m.total[q], m.keep[q], r.total[q] * m.take[q]);
+    m.top[q] = top;
+  }
+}
+
+// Where a lane's queries have their results; null beyond the tile's.
+struct LaneOutput {
+  float *row[mma::kLaneQueries];
+  int size;        // head_dim
+  bool by_fours;   // 16 bytes at once
+  bool first, last;  // of the blocks
+};
+
+GPU_DEVICE LaneOutput lane_output(const AttentionArgs &a, const Work &w) {
+  LaneOutput o;
+  o.size = a.kv.head_dim;
+  o.by_fours = a.kv.head_dim % 4 == 0 && a.out_stride % 4 == 0;
+  GPU_UNROLL
+  for (int q = 0; q < mma::kLaneQueries; ++q) {
+    const int row = wave_id() * 16 + mma::query_of_lane(q);
+    o.row[q] = row < w.rows ? a.out + (size_t)(w.tile.first + row / w.group) * a.out_stride +
+                                  (w.head * w.group + row % w.group) * o.size
+                            : nullptr;
+  }
+  return o;
+}
+
+// Four neighbouring elements of one query: this block's sums into those of the blocks before.
+GPU_DEVICE void put_four(const LaneOutput &o, const Merged &m, int q, int d, float (&x)[4]) {
+  float *to = o.row[q] + d, old[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const int some = o.size - d < 4 ? o.size - d : 4;
+  if (!o.first) {
+    if (o.by_fours) {
+      const uint4 v = *(const uint4 *)to;
+      old[0] = float_of(v.x), old[1] = float_of(v.y), old[2] = float_of(v.z), old[3] = float_of(v.w);
+    } else {
+      for (int i = 0; i < some; ++i) old[i] = to[i];
+    }
+  }
+  GPU_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (!o.first) x[i] = fused(old[i], m.keep[q], x[i] * m.take[q]);
+    if (o.last) x[i] = x[i] / m.total[q];
+  }
+  if (o.by_fours) {
+    *(uint4 *)to = make_uint4(bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3]));
+  } else {
+    for (int i = 0; i < some; ++i) to[i] = x[i];
+  }
+}
+
+// Sums of 16 elements at `stage` [position / 16][16 units][16 bytes] with the weights of 256 positions, and where they go.
+GPU_DEVICE void sum_values(const uint8_t *stage, int element, const mma::Operand (&high)[8], const mma::Operand (&low)[8],
+                           int pairs, const LaneRows &r, const Merged &m, const LaneOutput &o) {
+  int upper[8] = {}, lower[8] = {};
+  GPU_UNROLL
+  for (int k = 0; k < 8; ++k) {
+    if (k >= pairs) continue;
+    const mma::Operand items = mma::load_items(stage + k * 512, 256);
+    mma::multiply<true>(upper, items, high[k]);
+    mma::multiply<false>(lower, items, low[k]);
+  }
+  GPU_UNROLL
+  for (int q = 0; q < mma::kLaneQueries; ++q) {
+    GPU_UNROLL
+    for (int j = 0; j < mma::kRun; j += 4) {
+      const int d = element + mma::run_of_lane() * mma::kRun + j;
+      if (!o.row[q] || d >= o.size) continue;
+      float x[4];
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i)
+        x[i] = (float)(upper[mma::result(q, j + i)] * 256 + lower[mma::result(q, j + i)]) * r.unit[q];
+      put_four(o, m, q, d, x);
+    }
+  }
+}
+
+// The sums of rotated values, turned back: each wave's rows of the output.
+GPU_DEVICE void turn_rows_back(const AttentionArgs &a, const Work &w) {
+  const int size = a.kv.head_dim;
+  const float shorter = 1.0f / (float)size;
+  float *four = (float *)w.stages + wave_id() * 4 * size;
+  sync_block();
+  for (int batch = 0; batch < 16; batch += 4) {
+    const int first = wave_id() * 16 + batch;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int i = lane_id(); i < 4 * size; i += kWave) {
+        const int row = first + i / size, d = i % size;
+        if (row >= w.rows) continue;
+        float *at = a.out + (size_t)(w.tile.first + row / w.group) * a.out_stride +
+                    (w.head * w.group + row % w.group) * size + d;
+        if (pass == 0) four[i] = *at;
+        if (pass == 1) *at = four[i] * rotation_sign(d) * shorter;
+      }
+      sync_block();
+      if (pass == 0) hadamard_rows(four, size);
+    }
+  }
+}
+
+// Grid: tiles, KV heads. kUnits: of 16 bytes that a thread copies of a stage; 32 times it is the widest vector.
+template <KvStore kForm, int kUnits>
+GPU_DEVICE void attend(const PrefillAttentionArgs &a) {
+  let_next_start();
+  wait_for_previous();
+  const Work w = work_of(a, kForm);
+  const int width = a.base.kv.width;
+  prepare_rows<kForm>(a.base, w, a.query_units);
+  const uint8_t *queries = w.queries + wave_id() * a.query_units * 256;
+  LaneOutput output = lane_output(a.base, w);
+  LaneRows rows;
+  Merged merged = {};
+  Feed<kForm, kUnits> feed;
+  GPU_UNROLL
+  for (int s = 0; s < Way<kForm>::kStages - 1; ++s) {
+    fetch(feed, w, width, a.stage_bytes);
+    land(feed, w, a.stage_bytes);
+  }
+  for (int block = 0; block <= w.last; ++block) {
+    const int seen = positions_of(w, block), pairs = (seen + 31) / 32;
+    output.first = block == 0, output.last = block == w.last;
+    int sums[16][8] = {};
+    GPU_UNROLL
+    for (int c = 0; c < kBlockOfKv / kChunk; ++c) {
+      if (c * kChunk >= seen) continue;
+      const uint8_t *stage = next_stage(feed, w, width, a.stage_bytes);
+      score_chunk(stage, queries, width, sums + 4 * c);
+      land(feed, w, a.stage_bytes);
+    }
+    float factor[mma::kLaneQueries];
+    GPU_UNROLL
+    for (int q = 0; q < mma::kLaneQueries; ++q) {
+      const int row = wave_id() * 16 + mma::query_of_lane(q);
+      const int limit = w.tile.position % kBlockOfKv + row / w.group + 1;
+      rows.limit[q] = block < w.last ? kBlockOfKv : limit < seen ? limit : seen;
+      rows.scale[q] = w.q_scales[row];
+    }
+    const float *scales = (const float *)(w.scales + block % 2 * kScaleBytes);
+    finish_scores(sums, scales, pairs, rows);
+    finish_weights(sums, scales + kBlockOfKv, pairs, rows);
+    GPU_UNROLL
+    for (int q = 0; q < mma::kLaneQueries; ++q) {
+      factor[q] = 32767.0f / rows.unit[q];
+      rows.unit[q] = rows.unit[q] / 32767.0f;
+    }
+    merge_tops(merged, rows, block == 0);
+    mma::Operand high[8], low[8];
+    GPU_UNROLL
+    for (int k = 0; k < 8; ++k)
+      if (k < pairs) split_weights(sums + 2 * k, factor, high[k], low[k]);
+    for (int element = 0; element < width; element += kValueElements) {
+      const uint8_t *stage = next_stage(feed, w, width, a.stage_bytes);
+      for (int half = 0; half < 2; ++half)
+        if (element + 16 * half < width)
+          sum_values(stage + half * 4096, element + 16 * half, high, low, pairs, rows, merged, output);
+      land(feed, w, a.stage_bytes);
+    }
+  }
+  if (kForm == KvStore::rotor3) turn_rows_back(a.base, w);
+}
+
+GPU_KERNEL(kAttendThreads) halo_prefill_int8(PrefillAttentionArgs a) { attend<KvStore::int8, 4>(a); }
+GPU_KERNEL(kAttendThreads) halo_prefill_int8_256(PrefillAttentionArgs a) { attend<KvStore::int8, 8>(a); }
+GPU_KERNEL(kAttendThreads) halo_prefill_rotor3(PrefillAttentionArgs a) { attend<KvStore::rotor3, 4>(a); }
+GPU_KERNEL(kAttendThreads) halo_prefill_rotor3_256(PrefillAttentionArgs a) { attend<KvStore::rotor3, 8>(a); }
+
+inline void launch_integer_attention(PrefillAttentionArgs args, KvStore form, Stream &stream) {
+  const int width = args.base.kv.width;
+  const bool narrow = width <= 128, int8 = form == KvStore::int8;
+  args.query_units = (width + 31) / 32 * 2;
+  args.query_bytes = kAttendWaves * args.query_units * 256;
+  args.stage_bytes = std::max(kChunk * width, kBlockOfKv * kValueElements);
+  const int stages = int8 ? Way<KvStore::int8>::kStages : Way<KvStore::rotor3>::kStages;
+  const size_t shared = 4 * kPrefillRows + 2 * kScaleBytes + args.query_bytes + (size_t)stages * args.stage_bytes;
+  void (*kernel)(PrefillAttentionArgs) = int8 ? narrow ? halo_prefill_int8 : halo_prefill_int8_256
+                                              : narrow ? halo_prefill_rotor3 : halo_prefill_rotor3_256;
+  launch(kernel, {args.tile_count, args.base.kv.kv_heads}, kAttendThreads, shared, stream, args);
+}
+
+}  // namespace prefill
+}  // namespace halo

@@ -1,0 +1,472 @@
+// Ternary matrix times the int8 activations of many tokens, on the matrix units. Device code.
+//
+// A block of 8 waves has kTokens x kRows results, each wave a rectangle of them; where there are few results, several
+// waves share one rectangle's columns (kSplit). Activations lie in shared memory, some stages ahead. The weights never
+// do: what one lane must have of a tile is one word (mma.sync: 64 columns of 8 rows are 128 bytes in a row) or sixteen
+// bytes (WMMA: a row's 64 columns), straight from the memory, and it is expanded in registers: 7 operations for the four
+// words of 16 codes, which then meet 4 or so tiles of tokens. On an H100 that is 28 operations of 2 cycles to the 32
+// products of 6.5 that a 64 x 32 rectangle has of 64 columns; on gfx1151 7 to four products of 32 cycles.
+//
+// Shared memory: a stage holds pairs of parts (layout.h: 64 columns, or 80 in base three) as [part][token][columns]. Two
+// bits: a token's four units of 16 bytes stand at unit ^ (token / 2 % 4), so that the 8 lanes that are served at once hit
+// 8 different groups of 4 banks, be they 8 tokens at one unit (WMMA), 2 tokens at four (mma.sync, and the writes). Base
+// three: a token's 20 words are its distance, 5 units, so 8 tokens at one unit differ too; so do the words 20 g + 5 t
+// of mma.sync's 32-bit loads.
+#pragma once
+#include "arithmetic.h"
+#include "launch.h"
+#include "mma.h"
+#include "prefill_launch.h"
+
+namespace halo {
+namespace prefill {
+
+const int kPairBytes = 256;  // of a tile's two parts
+
+#if defined(HALO_MMA_SYNC)
+const int kStages = 3;
+#else
+const int kStages = 2;
+#endif
+
+// kWaveTokens x kWaveRows a wave.
+template <Packing kPacking_, int kTokens_, int kRows_, int kWaveTokens_, int kWaveRows_>
+struct GemmShape {
+  static const Packing kPacking = kPacking_;
+  static const int kTokens = kTokens_, kRows = kRows_, kWaveTokens = kWaveTokens_, kWaveRows = kWaveRows_;
+  static const int kAcross = kRows / kWaveRows, kDown = kTokens / kWaveTokens;
+  static const int kSplit = kThreads / kWave / (kAcross * kDown);
+  static const int kPart = step_cols(kPacking) / 4, kUnits = kPart / 16;
+  static const int kPartBytes = kTokens * kPart, kStageBytes = 2 * kSplit * kPartBytes;
+  static const int kCopies = kStageBytes / 16 / kThreads;
+  static_assert(kCopies * 16 * kThreads == kStageBytes, "each thread copies as much");
+  // Byte of a stage: unit `unit` of a token.
+  GPU_DEVICE int at(int part, int token, int unit) {
+    if (kPacking == Packing::two_bits) unit ^= token / 2 % 4;
+    return part * kPartBytes + token * kPart + 16 * unit;
+  }
+};
+
+// The stages of activations on their way.
+template <class S>
+struct Activations {
+  const int8_t *q;
+  uint32_t offset[S::kCopies];
+#if !defined(HALO_MMA_SYNC)
+  uint4 coming[S::kCopies];
+#endif
+};
+
+template <class S>
+GPU_DEVICE void begin(Activations<S> &x, const GemmArgs &a, int first_token) {
+  x.q = a.q.q;
+  GPU_UNROLL
+  for (int i = 0; i < S::kCopies; ++i) {
+    const int at = thread_id() + i * kThreads, part = at / S::kUnits / S::kTokens;
+    const int token = first_token + at / S::kUnits % S::kTokens;
+    x.offset[i] = (uint32_t)(token < a.tokens ? token : a.tokens - 1) * a.q.stride + part * S::kPart + at % S::kUnits * 16;
+  }
+}
+
+// Where copy i goes, in a stage.
+template <class S>
+GPU_DEVICE int target(int i) {
+  const int at = thread_id() + i * kThreads;
+  return S::at(at / S::kUnits / S::kTokens, at / S::kUnits % S::kTokens, at % S::kUnits);
+}
+
+// Send a stage on its way. `parts`: of all columns; the last stage may have fewer than the others.
+template <class S>
+GPU_DEVICE void fetch(Activations<S> &x, int stage, int parts) {
+  GPU_UNROLL
+  for (int i = 0; i < S::kCopies; ++i) {
+    const int part = stage * 2 * S::kSplit + (thread_id() + i * kThreads) / S::kUnits / S::kTokens;
+    const int8_t *from = x.q + x.offset[i] + (size_t)stage * 2 * S::kSplit * S::kPart;
+#if defined(HALO_MMA_SYNC)
+    if (part < parts) mma::copy16(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i), from);
+#else
+    if (part < parts) x.coming[i] = *(const uint4 *)from;
+#endif
+  }
+#if defined(HALO_MMA_SYNC)
+  mma::commit();
+#endif
+}
+
+// Put down what came through registers.
+template <class S>
+GPU_DEVICE void land(Activations<S> &x, int stage) {
+#if !defined(HALO_MMA_SYNC)
+  GPU_UNROLL
+  for (int i = 0; i < S::kCopies; ++i)
+    *(uint4 *)(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i)) = x.coming[i];
+#endif
+}
+
+// The next four codes of each of four bytes in base three: kv.h's sibling in product.h takes all five at once.
+struct Digits {
+  uint32_t even, odd;
+};
+GPU_DEVICE Digits digits_of(uint32_t word) { return {word & 0x00ff00ffu, word >> 8 & 0x00ff00ffu}; }
+GPU_DEVICE uint32_t next_digit(Digits &x) {
+  const uint32_t even = x.even * 3, odd = x.odd * 3;
+  x.even = even & 0x00ff00ffu;
+  x.odd = odd & 0x00ff00ffu;
+  return (even >> 8 & 0x00030003u) | (odd & 0x03000300u);
+}
+
+// Which weights a wave takes: its tiles, of one pair of parts.
+struct Source {
+  int first_tile, pair;
+};
+GPU_DEVICE uint32_t tile_offset(const GemmArgs &a, const Source &from, int tile) {
+  const int own = from.first_tile + tile < a.tile_count ? from.first_tile + tile : a.tile_count - 1;
+  return (uint32_t)own * a.steps * kStepBytes + from.pair * kPairBytes;
+}
+
+// In all of these, `next` are the weights to load as soon as there is room for them.
+#if defined(HALO_MMA_SYNC)
+
+// What a wave has of the weights of a pair of parts, and its results so far: row g + 8 h, column 2 t + e of the tile.
+template <class S>
+struct Weights {
+  static const int kTiles = S::kWaveRows / 8;
+  uint32_t words[2][kTiles];
+};
+template <class S>
+struct Results {
+  int of[S::kWaveTokens / 16][S::kWaveRows / 8][4];
+};
+
+template <class S>
+GPU_DEVICE void load_weights(Weights<S> &w, const GemmArgs &a, const Source &from, int part, int to) {
+  GPU_UNROLL
+  for (int j = 0; j < Weights<S>::kTiles; ++j)
+    w.words[to][j] = *(const uint32_t *)(a.tiles + tile_offset(a, from, j) + part * 128 + lane_id() * 4);
+}
+
+// Lane (g, t) has 16 columns in a word, 16 t to 16 t + 15 of the part: the 16 bytes that it needs of tokens g and g + 8.
+template <class S>
+GPU_DEVICE void multiply_two_bits(const GemmArgs &a, Results<S> &r, Weights<S> &w, const uint8_t *stage, int part,
+                                  int token, const Source &next) {
+  const int kM = S::kWaveTokens / 16, g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll 1  // twice the code would want more registers than there are
+  for (int p = 0; p < 2; ++p) {
+    uint4 low[kM], high[kM];
+    GPU_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      low[m] = *(const uint4 *)(stage + S::at(part + p, token + 16 * m + g, t));
+      high[m] = *(const uint4 *)(stage + S::at(part + p, token + 16 * m + g + 8, t));
+    }
+    GPU_UNROLL
+    for (int j = 0; j < Weights<S>::kTiles; ++j) {
+      const uint32_t word = w.words[0][j], mask = 0x03030303u;
+      GPU_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        const uint32_t x[4] = {low[m].x, high[m].x, low[m].y, high[m].y};
+        mma::multiply8<true>(r.of[m][j], x, word & mask, word >> 2 & mask);
+      }
+      GPU_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        const uint32_t x[4] = {low[m].z, high[m].z, low[m].w, high[m].w};
+        mma::multiply8<true>(r.of[m][j], x, word >> 4 & mask, word >> 6 & mask);
+      }
+    }
+    GPU_UNROLL
+    for (int j = 0; j < Weights<S>::kTiles; ++j) w.words[0][j] = w.words[1][j];
+    load_weights<S>(w, a, next, p, 1);
+  }
+}
+
+// The ten words of a lane's 20 and 20 columns make five products.
+template <class S>
+GPU_DEVICE void multiply_base_three(const GemmArgs &a, Results<S> &r, Weights<S> &w, const uint8_t *stage, int part,
+                                    int token, const Source &next) {
+  const int kM = S::kWaveTokens / 16, kTiles = Weights<S>::kTiles, g = lane_id() / 4, t = lane_id() % 4;
+  const uint8_t *own = stage + part * S::kPartBytes + (token + g) * S::kPart + 20 * t;
+  Digits digits[kTiles];
+  GPU_UNROLL
+  for (int j = 0; j < kTiles; ++j) digits[j] = digits_of(w.words[0][j]);
+  load_weights<S>(w, a, next, 0, 0);
+  GPU_UNROLL
+  for (int k = 0; k < 5; ++k) {
+    uint32_t x[kM][4];
+    GPU_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int word = 2 * k + i / 2;
+        x[m][i] = *(const uint32_t *)(own + word / 5 * S::kPartBytes + (16 * m + i % 2 * 8) * S::kPart + word % 5 * 4);
+      }
+    }
+    GPU_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      const uint32_t b0 = next_digit(digits[j]);
+      if (k == 2) digits[j] = digits_of(w.words[1][j]);
+      const uint32_t b1 = next_digit(digits[j]);
+      GPU_UNROLL
+      for (int m = 0; m < kM; ++m) mma::multiply8<true>(r.of[m][j], x[m], b0, b1);
+    }
+    if (k == 2) load_weights<S>(w, a, next, 1, 1);
+  }
+}
+
+template <class S>
+GPU_DEVICE void multiply(const GemmArgs &a, Results<S> &r, Weights<S> &w, const uint8_t *stage, int part, int token,
+                         const Source &next) {
+  if (S::kPacking == Packing::two_bits)
+    multiply_two_bits<S>(a, r, w, stage, part, token, next);
+  else
+    multiply_base_three<S>(a, r, w, stage, part, token, next);
+}
+
+#else
+
+// Lane l has row l % 16 of each 16: 16 bytes of each part. Results: token 2 v + l / 16, row l % 16.
+template <class S>
+struct Weights {
+  static const int kTiles = S::kWaveRows / 16;
+  uint4 words[2][kTiles];
+};
+template <class S>
+struct Results {
+  int of[S::kWaveRows / 16][S::kWaveTokens / 16][8];
+};
+
+template <class S>
+GPU_DEVICE void load_weights(Weights<S> &w, const GemmArgs &a, const Source &from, int part, int to) {
+  const int lane = lane_id();
+  GPU_UNROLL
+  for (int j = 0; j < Weights<S>::kTiles; ++j)
+    w.words[to][j] =
+        *(const uint4 *)(a.tiles + tile_offset(a, from, 2 * j + lane % 16 / 8) + part * 128 + lane % 8 * 16);
+}
+
+GPU_DEVICE uint32_t word_number(const uint4 &w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
+
+template <class S>
+GPU_DEVICE void multiply(const GemmArgs &a, Results<S> &r, Weights<S> &w, const uint8_t *stage, int part, int token,
+                         const Source &next) {
+  const int kM = S::kWaveTokens / 16, kTiles = Weights<S>::kTiles;
+  GPU_UNROLL
+  for (int p = 0; p < 2; ++p) {
+    Digits digits[kTiles];
+    GPU_UNROLL
+    for (int k = 0; k < S::kUnits; ++k) {
+      uint4 x[kM];
+      GPU_UNROLL
+      for (int m = 0; m < kM; ++m)
+        x[m] = *(const uint4 *)(stage + S::at(part + p, token + 16 * m + lane_id() % 16, k));
+      GPU_UNROLL
+      for (int j = 0; j < kTiles; ++j) {
+        uint32_t codes[4];
+        GPU_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if (S::kPacking == Packing::two_bits) {
+            codes[i] = word_number(w.words[p][j], k) >> 2 * i & 0x03030303u;
+          } else {
+            const int number = 4 * k + i;
+            if (number % 5 == 0) digits[j] = digits_of(word_number(w.words[p][j], number / 5));
+            codes[i] = next_digit(digits[j]);
+          }
+        }
+        mma::multiply16<kM, true, false>(r.of[j], x, make_uint4(codes[0], codes[1], codes[2], codes[3]));
+      }
+    }
+    load_weights<S>(w, a, next, p, p);
+  }
+}
+
+#endif
+
+// One result, or with the next row's where the epilogue takes two.
+GPU_DEVICE void put(const GemmArgs &a, int token, int row, int sum, int next) {
+  if (token >= a.tokens || row >= a.rows) return;
+  const float x_scale = a.q.scale[token];
+  const int offset = a.q.sum[token];
+  const float y = scaled(sum, offset, a.weight_scale[row], x_scale);
+  float *out = a.out + (size_t)token * a.out_stride;
+  if (a.epilogue == kGated)
+    out[row / 2] = gated(y, scaled(next, offset, a.weight_scale[row + 1], x_scale), a.activation);
+  else
+    out[row] = a.epilogue == kAdd ? out[row] + y : y;
+}
+
+#if defined(HALO_MMA_SYNC)
+
+// Two neighbouring rows of one token.
+GPU_DEVICE void put_two(const GemmArgs &a, int token, int row, const int *sums) {
+  if (a.epilogue == kGated || row + 1 >= a.rows || token >= a.tokens) {
+    put(a, token, row, sums[0], sums[1]);
+    if (a.epilogue != kGated) put(a, token, row + 1, sums[1], 0);
+    return;
+  }
+  const float x_scale = a.q.scale[token];
+  const int offset = a.q.sum[token];
+  const float2 scale = *(const float2 *)(a.weight_scale + row);
+  float2 *out = (float2 *)(a.out + (size_t)token * a.out_stride + row);
+  float2 y = make_float2(scaled(sums[0], offset, scale.x, x_scale), scaled(sums[1], offset, scale.y, x_scale));
+  if (a.epilogue == kAdd) {
+    const float2 old = *out;
+    y.x = old.x + y.x, y.y = old.y + y.y;
+  }
+  *out = y;
+}
+
+template <class S>
+GPU_DEVICE void put_results(const GemmArgs &a, const Results<S> &r, int token, int row) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  GPU_UNROLL
+  for (int m = 0; m < S::kWaveTokens / 16; ++m) {
+    GPU_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      GPU_UNROLL
+      for (int j = 0; j < S::kWaveRows / 8; ++j)
+        put_two(a, token + 16 * m + 8 * h + g, row + 8 * j + 2 * t, &r.of[m][j][2 * h]);
+    }
+  }
+}
+
+#else
+
+// A lane has one row, its neighbour the other of a pair: one takes four tokens of both, the other the other four.
+GPU_DEVICE void put_gated(const GemmArgs &a, int token, int row, const int *sums) {
+  const bool odd = row % 2;
+  GPU_UNROLL
+  for (int v = 0; v < 4; ++v) {
+    const int early = sums[v], late = sums[v + 4], given = shuffle_xor(odd ? early : late, 1);
+    put(a, token + 2 * (odd ? v + 4 : v), row / 2 * 2, odd ? given : early, odd ? late : given);
+  }
+}
+
+template <class S>
+GPU_DEVICE void put_results(const GemmArgs &a, const Results<S> &r, int token, int row) {
+  GPU_UNROLL
+  for (int j = 0; j < S::kWaveRows / 16; ++j) {
+    GPU_UNROLL
+    for (int m = 0; m < S::kWaveTokens / 16; ++m) {
+      const int first = token + 16 * m + lane_id() / 16, own = row + 16 * j + lane_id() % 16;
+      if (a.epilogue == kGated) {
+        put_gated(a, first, own, r.of[j][m]);
+        continue;
+      }
+      GPU_UNROLL
+      for (int v = 0; v < 8; ++v) put(a, first + 2 * v, own, r.of[j][m][v], 0);
+    }
+  }
+}
+
+#endif
+
+// The sums of the waves that share a rectangle, into the first of them.
+template <class S>
+GPU_DEVICE void add_split(Results<S> &r, int share) {
+  const int kCount = S::kWaveTokens * S::kWaveRows / kWave, own = wave_id() % (S::kAcross * S::kDown);
+  int *shared = (int *)shared_memory() + own * kCount * kWave + lane_id(), *sums = (int *)&r;
+  const int others = S::kAcross * S::kDown * kCount * kWave;
+  static_assert((S::kSplit - 1) * S::kTokens * S::kRows * 4 <= kStages * S::kStageBytes, "the sums fit the stages");
+  sync_block();
+  if (share > 0) {
+    GPU_UNROLL
+    for (int i = 0; i < kCount; ++i) shared[(share - 1) * others + i * kWave] = sums[i];
+  }
+  sync_block();
+  if (share > 0) return;
+  for (int s = 0; s < S::kSplit - 1; ++s) {
+    GPU_UNROLL
+    for (int i = 0; i < kCount; ++i) sums[i] += shared[s * others + i * kWave];
+  }
+}
+
+// Grid: rectangles of tokens, of rows.
+template <class S>
+GPU_DEVICE void gemm(const GemmArgs &a) {
+  const int share = wave_id() / (S::kAcross * S::kDown), place = wave_id() % (S::kAcross * S::kDown);
+  const int token = place / S::kAcross * S::kWaveTokens;  // in the block
+  const int row = block_y() * S::kRows + place % S::kAcross * S::kWaveRows, first_token = block_id() * S::kTokens;
+  const int pairs = 2 * a.steps, stages = (pairs + S::kSplit - 1) / S::kSplit;
+  Weights<S> weights;
+  Results<S> results = {};
+  Source source = {row / kTileRows, share < pairs ? share : pairs - 1};
+  load_weights<S>(weights, a, source, 0, 0);
+  load_weights<S>(weights, a, source, 1, 1);
+  let_next_start();
+  wait_for_previous();
+  Activations<S> x;
+  begin<S>(x, a, first_token);
+  GPU_UNROLL
+  for (int s = 0; s < kStages - 1; ++s) {
+    fetch<S>(x, s, 2 * pairs);
+    land<S>(x, s);
+  }
+  for (int s = 0; s < stages; ++s) {
+#if defined(HALO_MMA_SYNC)
+    mma::wait<kStages - 2>();
+#endif
+    sync_block();
+    fetch<S>(x, s + kStages - 1, 2 * pairs);
+    const bool some = s * S::kSplit + share < pairs;
+    source.pair += source.pair + S::kSplit < pairs ? S::kSplit : 0;
+    if (some)
+      multiply<S>(a, results, weights, shared_memory() + s % kStages * S::kStageBytes, 2 * share, token, source);
+    land<S>(x, s + kStages - 1);
+  }
+  if (S::kSplit > 1) {
+    add_split<S>(results, share);
+    if (share > 0) return;
+  }
+  put_results<S>(a, results, first_token + token, row);
+}
+
+template <Packing kPacking>
+using Wide = GemmShape<kPacking, 128, 256, 64, 64>;
+template <Packing kPacking>
+using Middle = GemmShape<kPacking, 128, 128, 64, 32>;
+template <Packing kPacking>
+using Narrow = GemmShape<kPacking, 32, 64, 32, 32>;
+
+GPU_KERNEL(kThreads) halo_gemm_wide_2(GemmArgs a) { gemm<Wide<Packing::two_bits>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_middle_2(GemmArgs a) { gemm<Middle<Packing::two_bits>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_narrow_2(GemmArgs a) { gemm<Narrow<Packing::two_bits>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_wide_3(GemmArgs a) { gemm<Wide<Packing::base_three>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_middle_3(GemmArgs a) { gemm<Middle<Packing::base_three>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_narrow_3(GemmArgs a) { gemm<Narrow<Packing::base_three>>(a); }
+
+struct GemmKernel {
+  void (*kernel)(GemmArgs);
+  int tokens, rows;
+  size_t shared;
+};
+
+template <class S>
+GemmKernel gemm_kernel(void (*kernel)(GemmArgs)) {
+  return {kernel, S::kTokens, S::kRows, (size_t)kStages * S::kStageBytes};
+}
+
+// The largest rectangles of which there are enough to fill the device. `forced`: that shape (tests), or -1.
+inline void launch_gemm_kernel(const GemmArgs &a, Packing packing, int multiprocessors, int forced, Stream &stream) {
+  const bool two = packing == Packing::two_bits;
+  const GemmKernel all[3] = {
+      two ? gemm_kernel<Wide<Packing::two_bits>>(halo_gemm_wide_2)
+          : gemm_kernel<Wide<Packing::base_three>>(halo_gemm_wide_3),
+      two ? gemm_kernel<Middle<Packing::two_bits>>(halo_gemm_middle_2)
+          : gemm_kernel<Middle<Packing::base_three>>(halo_gemm_middle_3),
+      two ? gemm_kernel<Narrow<Packing::two_bits>>(halo_gemm_narrow_2)
+          : gemm_kernel<Narrow<Packing::base_three>>(halo_gemm_narrow_3)};
+  auto blocks = [&](int i) {
+    return (long long)((a.tokens + all[i].tokens - 1) / all[i].tokens) * ((a.rows + all[i].rows - 1) / all[i].rows);
+  };
+  int chosen = forced >= 0 ? forced : 0;
+  if (forced < 0) {
+#if defined(__HIP__)
+    chosen = 1;  // a wave's 64 x 64 results leave gfx11 too few waves to hide the memory behind
+#endif
+    if (chosen == 0 && blocks(0) < 2 * multiprocessors) chosen = 1;
+    if (chosen == 1 && (a.tokens <= 64 || 2 * blocks(1) < multiprocessors)) chosen = 2;
+  }
+  const GemmKernel &k = all[chosen];
+  launch(k.kernel, {(a.tokens + k.tokens - 1) / k.tokens, (a.rows + k.rows - 1) / k.rows}, kThreads, k.shared, stream, a);
+}
+
+}  // namespace prefill
+}  // namespace halo
