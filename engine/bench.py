@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from engine import bench_peers
+from engine.bench_report import add_expectations, is_gpu, shape_of
 from engine.errors import EXIT_COULD_NOT_RUN, EXIT_ERROR, HaloError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Settings:
     timeout: float = 900.0
     prefix: tuple[str, ...] = ()
     peers: tuple[Peer, ...] = ()
+    bandwidth: float | None = None  # bytes a second; None: measured, of the CPU's memory
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,7 @@ def measure(settings: Settings, say: Say) -> Readings:
     peers = list(settings.peers)
     for turn in range(settings.rounds):
         for threads in settings.threads:
-            job = {"job": "bandwidth", "threads": threads, "size": _bandwidth_bytes(settings.model)}
-            rate = _ours(settings, job)["bytes_per_second"]
-            readings.bandwidth.setdefault(threads, []).append(rate)
+            readings.bandwidth.setdefault(threads, []).append(_bandwidth(settings, threads))
             engines: list[Peer | None] = [None, *peers]
             for engine in engines if turn % 2 == 0 else engines[::-1]:
                 say(f"round {turn + 1} of {settings.rounds}, {threads} threads, {_name(engine)}")
@@ -109,6 +109,13 @@ def measure(settings: Settings, say: Say) -> Readings:
     say("memory")
     _measure_memory(settings, readings)
     return readings
+
+
+def _bandwidth(settings: Settings, threads: int) -> float:
+    if settings.bandwidth is not None:
+        return settings.bandwidth
+    job = {"job": "bandwidth", "threads": threads, "size": _bandwidth_bytes(settings.model)}
+    return float(_ours(settings, job)["bytes_per_second"])
 
 
 def _bandwidth_bytes(model: Path) -> int:
@@ -263,10 +270,13 @@ def read_bytes(path: Path) -> dict[str, int]:
 
 def report(settings: Settings, readings: Readings, name: str) -> dict[str, Any]:
     """Everything measured and computed, as one JSON object."""
-    weights = read_bytes(settings.model)
+    engine = readings.facts.get(f"{OURS} {max(settings.threads)}", {})
+    weights = (
+        shape_of(settings.model, engine).bytes_a_token() if is_gpu(engine) else read_bytes(settings.model)
+    )
     kv_token = _kv_bytes_a_token(readings)
     lines = [_line(case, rates, readings, weights, kv_token, settings) for case, rates in _sorted(readings)]
-    return {
+    result = {
         "schema": JSON_SCHEMA,
         "machine": {**machine_facts(), **readings.facts.get("load", {})},
         "model": {"name": name, "file_bytes": settings.model.stat().st_size, "bytes_a_token": weights},
@@ -277,7 +287,7 @@ def report(settings: Settings, readings: Readings, name: str) -> dict[str, Any]:
             "rounds": settings.rounds,
             "prefix": list(settings.prefix),
         },
-        "engine": readings.facts.get(f"{OURS} {max(settings.threads)}", {}),
+        "engine": engine,
         "bandwidth": {str(threads): max(values) for threads, values in readings.bandwidth.items()},
         "lines": lines,
         "memory": readings.memory,
@@ -288,6 +298,9 @@ def report(settings: Settings, readings: Readings, name: str) -> dict[str, Any]:
         "greedy_ids": readings.guards,
         "warnings": readings.warnings,
     }
+    limits = {threads: max(values) for threads, values in readings.bandwidth.items()}
+    add_expectations(result, settings.model, settings.bandwidth, limits)
+    return result
 
 
 def _sorted(readings: Readings) -> list[tuple[Case, dict[str, dict[int, float]]]]:
@@ -332,7 +345,7 @@ def _line(
         step = weights["total"] + case.batch * position * kv_token
         limit = max(readings.bandwidth[case.threads])  # no bad moment of the machine's flatters the engine
         line["bytes_a_token"] = round(step / case.batch)
-        line["bandwidth_share"] = line[OURS]["median"] / case.batch * step / limit
+        line["bandwidth_share"] = line[OURS]["median"] / case.batch * step / limit if limit else None
     return line
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from engine.backend import NativeModel, Session
 
 WARM_UP: Final = 2  # tokens decoded and thrown away, so that the threads are up and the weights are in
+_SHORT: Final = 32
 _HUGE_PAGE: Final = 2 << 20
 _PIECE: Final = 8 << 20  # bytes: long beside the cost of a call, short beside the whole
 
@@ -60,8 +61,9 @@ def decode(session: Session, ids: Sequence[int], position: int, tokens: int) -> 
 
 
 def _warm_up(session: Session, tokens: Sequence[int]) -> None:
-    first = fill(session, tokens[:8], 0, 0)
-    decode(session, [first], len(tokens[:8]), WARM_UP)
+    """A short prompt, yet long enough for the kernels of a long one, and a few tokens."""
+    short = tokens[: max(1, min(_SHORT, session.context - WARM_UP))]
+    decode(session, [fill(session, short, 0, 0)], len(short), WARM_UP)
 
 
 def measure_single(model: NativeModel, job: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def measure_single(model: NativeModel, job: dict[str, Any]) -> dict[str, Any]:
             decodes[str(context)] = time.perf_counter() - started
             guard[f"decode {context}"] = fingerprint([step[0] for step in steps])
             filled = context
-        facts = session.facts
+        facts = {**model.facts, **session.facts}
     return {"prefill_seconds": prefill, "decode_seconds": decodes, "guard": guard, "facts": facts}
 
 
@@ -97,10 +99,11 @@ def measure_batch(model: NativeModel, job: dict[str, Any]) -> dict[str, Any]:
     with model.session(slots=batch, context=context + tokens, threads=job["threads"]) as session:
         _warm_up(session, prompt(vocabulary, context))
         first = [fill(session, prompt(vocabulary, context, slot), slot, 0) for slot in range(batch)]
+        decode(session, first, context, min(WARM_UP, tokens))
         started = time.perf_counter()
         steps = decode(session, first, context, tokens)
         seconds = time.perf_counter() - started
-        facts = session.facts
+        facts = {**model.facts, **session.facts}
     guard = {f"decode {context}": fingerprint([step[0] for step in steps])}
     for slot in range(1, batch):
         guard[f"decode {context} slot {slot}"] = fingerprint([step[slot] for step in steps])
@@ -124,7 +127,7 @@ def measure_memory(job: dict[str, Any]) -> dict[str, Any]:
         ids = prompt(model.config.vocab_size, context)
         with model.session(context=context + tokens, threads=job["threads"]) as session:
             decode(session, [fill(session, ids, 0, 0)], context, tokens)
-            facts = session.facts
+            facts = {**model.facts, **session.facts}
     return {"peak_bytes": peak_memory(), "interpreter_bytes": before, "facts": facts}
 
 

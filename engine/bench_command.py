@@ -41,6 +41,7 @@ def configure_bench(parser: ArgumentParser) -> None:
     add("--batch", type=_counts, default=(1, 8), metavar="N,N", help="sequences decoded at once (1,8)")
     add("--rounds", type=_count, default=5, metavar="N", help="interleaved rounds (5)")
     add("--timeout", type=_count, default=900, metavar="SECONDS", help="of each measurement (900)")
+    add("--bandwidth", type=_rate, metavar="GB/S", help="of the memory, instead of a measured or known one")
     add("--prefix", default="", metavar="COMMAND", help='before each measurement, as "taskset -c 0,1"')
     for flag, value, what in (
         ("--peer", "NAME=EXECUTABLE", "compare with this llama-bench; may be given several times"),
@@ -52,11 +53,13 @@ def configure_bench(parser: ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print one JSON object")
     shown.add_argument("--markdown", action="store_true", help="print a table for a document")
+    shown.add_argument("--report", action="store_true", help="print measured beside expected, for an issue")
 
 
 def run_bench(args: Namespace) -> int:
     """Measure and print; exit code 2 when a peer failed or the machine was busy."""
     from engine.bench import fitted, measure, report
+    from engine.bench_report import issue_text
     from engine.formats.prepared import read_directory
 
     peers = _peers(args)
@@ -72,6 +75,8 @@ def run_bench(args: Namespace) -> int:
         print(json.dumps(result))
     elif args.markdown:
         print("\n".join(markdown(result)))
+    elif args.report:
+        print("\n".join(issue_text(result)))
     else:
         print("\n".join(plain(result, bars=sys.stdout.isatty())))
     for warning in result["warnings"]:
@@ -95,7 +100,13 @@ def _model(args: Namespace, say: Callable[[str], None]) -> tuple[Path, str]:
 
 def _settings(args: Namespace, path: Path, peers: tuple[Peer, ...]) -> Settings:
     from engine.bench import Settings
+    from engine.bench_report import chip_of
+    from engine.device import choose_backend
 
+    bandwidth, threads = args.bandwidth, args.threads or (len(os.sched_getaffinity(0)),)
+    backend = choose_backend()
+    if backend.name != "cpu":  # no threads work there, and the CPU's bandwidth is not the GPU's
+        bandwidth, threads = bandwidth or chip_of(backend.facts()).bandwidth, (1,)
     try:
         prefix = tuple(shlex.split(args.prefix))
     except ValueError:
@@ -107,12 +118,13 @@ def _settings(args: Namespace, path: Path, peers: tuple[Peer, ...]) -> Settings:
         prompt=args.prompt,
         tokens=args.tokens,
         contexts=args.context,
-        threads=args.threads or (len(os.sched_getaffinity(0)),),
+        threads=threads,
         batches=args.batch,
         rounds=args.rounds,
         timeout=float(args.timeout),
         prefix=prefix,
         peers=peers,
+        bandwidth=bandwidth,
     )
 
 
@@ -147,6 +159,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    """GB a second as bytes a second."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0.1 <= rate <= 1e5:
+        raise ArgumentTypeError(f"{text!r} is no number of GB a second")
+    return rate * 1e9
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(sorted({_count(part) for part in text.split(",")}))
 
@@ -176,15 +199,26 @@ def _what(line: dict[str, Any]) -> str:
 def _header(result: dict[str, Any]) -> list[str]:
     machine, model, engine = result["machine"], result["model"], result["engine"]
     weights = model["bytes_a_token"]
-    bandwidth = ", ".join(f"{value / 1e9:.1f} GB/s with {n}" for n, value in result["bandwidth"].items())
     return [
-        f"{machine['cpu']}, {machine['cpus']} CPUs; read bandwidth by threads: {bandwidth}",
+        f"{machine['cpu']}, {machine['cpus']} CPUs; {_device(result)}",
         f"{model['name']}: a token reads {weights['total'] / 1e6:.0f} MB of weights "
         f"(ternary {weights['ternary'] / 1e6:.0f}, head {weights['head'] / 1e6:.0f}), "
         f"{result['kv_bytes_a_position'] / 1e3:.1f} kB of KV a position; path {engine.get('isa', '?')}",
         f"median of {result['settings']['rounds']} interleaved rounds, tokens a second; "
         "ratios are medians of the rounds' own",
     ]
+
+
+def _device(result: dict[str, Any]) -> str:
+    """What decoded, and the bandwidth that it is measured by."""
+    engine = result["engine"]
+    if engine.get("device"):
+        roof = result["roofline"]
+        known = f"bandwidth {roof['bandwidth'] / 1e9:.1f} GB/s ({roof['source']})"
+        return f"{engine['backend']} on {engine['device']}" + (f"; {known}" if roof["bandwidth"] else "")
+    rates = ", ".join(f"{value / 1e9:.1f} GB/s with {n}" for n, value in result["bandwidth"].items())
+    reason = f"backend cpu ({engine['backend_reason']}); " if engine.get("backend_reason") else ""
+    return f"{reason}read bandwidth by threads: {rates}"
 
 
 def _table_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -195,7 +229,7 @@ def _table_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         decode = line["kind"] == "decode"
         row = [str(line["threads"]), _what(line), f"{line['halo']['median']:.1f}"]
         row.append(f"{line['bytes_a_token'] / 1e6:.0f}" if decode else "")
-        row.append(f"{line['bandwidth_share']:.0%}" if decode else "")
+        row.append(f"{line['bandwidth_share']:.0%}" if decode and line["bandwidth_share"] else "")
         for name in names:
             peer = line["peers"].get(name)
             row += [f"{peer['median']:.1f}", f"{peer['ratio']:.2f}x"] if peer else ["", ""]
