@@ -6,6 +6,7 @@ Hidden states are given, so that nothing but the head runs. It says nothing of s
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 import subprocess
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.arithmetic import dot
 from engine.formats.prepared import prepare
 from engine.formats.tiles import coarse_head
 from engine.model import Layer, Model, ModelConfig
-from engine.reference import dot, rmsnorm
+from engine.reference import rmsnorm
 from tests.engine.conftest import NATIVE, native_digest, random_ternary
 from tests.engine.test_head import FINAL_NORMS, HEADS, VOCAB, bf16, gaussian
 
@@ -65,8 +67,9 @@ def head_model(head: Array, final_norm: Array | None = None) -> Model:
     vocab, hidden = head.shape
     config = ModelConfig(hidden, 1, 1, 1, 1, vocab, 4, False, 10000.0, EPS, head_dim=2)
     rng = np.random.default_rng(0)
-    norms = [np.ones(n, np.float32) for n in (hidden, hidden, 2, 1)]
-    layer = Layer(*norms, *[random_ternary(rng, rows, cols) for _, rows, cols in config.projections()])
+    one = np.ones(hidden, np.float32)
+    matrices = [random_ternary(rng, rows, cols) for _, rows, cols in config.projections()]
+    layer = Layer(one, one, one[:2], one[:1], *matrices)
     embedding = np.zeros((vocab, hidden), np.float32)
     norm = rng.uniform(0.5, 1.5, hidden).astype(np.float32) if final_norm is None else final_norm
     return Model(config, embedding, norm, [layer], head=head)
@@ -111,11 +114,7 @@ class Head:
         self, x: Array, noise: Array, depth: float, room: int
     ) -> tuple[int, Ints, list[tuple[Ints, Array]]]:
         count = len(x)
-        ours, cpu = (
-            [np.full(shape, -9, kind) for shape, kind in
-             ((count, np.int32), (count, np.int32), ((count, room), np.int32), ((count, room), np.float32))]
-            for _ in range(2)
-        )  # fmt: skip
+        ours, cpu = drawn_room(count, room), drawn_room(count, room)
         finite, rows = ctypes.c_int(), self.rows(x)
         done = self.library.driver_draw(
             self.handle,
@@ -128,7 +127,7 @@ class Head:
             ctypes.byref(finite),
         )
         assert done == finite.value, self.message()
-        near = []
+        near: list[tuple[Ints, Array]] = []
         if done:
             assert np.array_equal(ours[0], cpu[0])
             assert np.array_equal(ours[1], cpu[1])
@@ -140,7 +139,8 @@ class Head:
 
     def logits(self, x: Array, wanted: Ints | None = None) -> Array:
         count = len(x) if wanted is None else len(wanted)
-        ours, cpu = np.full((2, count, self.model.config.vocab_size), np.nan, np.float32)
+        ours: Array
+        ours, cpu = (np.full((count, self.model.config.vocab_size), np.nan, np.float32) for _ in range(2))
         rows = self.rows(x)
         which = None if wanted is None else wanted.ctypes.data_as(ctypes.c_void_p)
         done = self.library.driver_logits(self.handle, at(rows), which, count, at(ours), at(cpu))
@@ -161,6 +161,12 @@ class Head:
 def at(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
     assert array.flags.c_contiguous
     return array.ctypes.data_as(ctypes.c_void_p)
+
+
+def drawn_room(count: int, room: int) -> tuple[Ints, Ints, Ints, Array]:
+    """Winners, how many are near, their ids and their logits, each to be written over."""
+    winners, found = (np.full(count, -9, np.int32) for _ in range(2))
+    return winners, found, np.full((count, room), -9, np.int32), np.full((count, room), -9, np.float32)
 
 
 def same_bits(a: Array, b: Array) -> bool:
@@ -222,19 +228,22 @@ def test_the_coarse_head_is_repacked_level_by_level(library: ctypes.CDLL, opened
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 8, 9, 16, 17, 96])
 def test_any_number_of_rows_is_the_rows_one_by_one(opened: Opener, count: int) -> None:
-    both = opened(states(300, 64, seed=3))
+    both = opened(states(130, 64, seed=3))
     x = states(count, 64)
     one_by_one = [int(both.argmax(row[None])[1][0]) for row in x]
     assert both.argmax(x)[1].tolist() == one_by_one
     wanted = np.random.default_rng(7).permutation(count).astype(np.int32)
     assert both.argmax(x, wanted)[1].tolist() == [one_by_one[row] for row in wanted]
     assert both.argmax(x, graph=True)[1].tolist() == one_by_one
-    both.logits(x, wanted)
-    both.draw(x, gumbel(count, 300), 1.0, 300)
+    if count < 96:
+        both.logits(x, wanted)
+        both.draw(x, gumbel(count, 130), 1.0, 130)
 
 
-@pytest.mark.parametrize("norm", FINAL_NORMS)
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(
+    "kind, norm",
+    [*itertools.product(HEADS, ("even", "one outlier")), ("gaussian", "tiny"), ("gaussian", "nothing")],
+)
 def test_no_head_misleads_the_two_stages(opened: Opener, kind: str, norm: str) -> None:
     final_norm, x = FINAL_NORMS[norm](64), states(2, 64)
     head = HEADS[kind](rmsnorm(x, final_norm, EPS), np.random.default_rng(2))
@@ -243,7 +252,7 @@ def test_no_head_misleads_the_two_stages(opened: Opener, kind: str, norm: str) -
     both = opened(head, final_norm)
     both.argmax(x)
     both.argmax(x[:1])
-    for scale, depth, room in ((1.0, 0.5, 2048), (0.1, 6.0, 64), (0.0, 0.0, 0)):
+    for scale, depth, room in ((1.0, 0.5, 2048), (0.1, 6.0, 0)):
         both.draw(x, gumbel(2, VOCAB, scale), depth, room)
 
 
@@ -259,7 +268,6 @@ def test_a_head_whose_logits_are_no_numbers_is_an_error_not_a_token(
     both = opened(head)
     assert both.argmax(x)[0] == 0
     assert both.draw(x, gumbel(count, VOCAB), 1.0, 16)[0] == 0
-    assert both.library.driver_argmax is not None
     out = np.zeros((2, count, VOCAB), np.float32)
     assert both.library.driver_logits(both.handle, at(both.rows(x)), None, count, at(out[0]), at(out[1])) == 0
 

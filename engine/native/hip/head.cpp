@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "../cpu/failure.h"
 #include "../cpu/kernels.h"
@@ -12,7 +13,9 @@ namespace halo {
 namespace {
 
 const size_t kPiece = (size_t)4 << 20;  // of the file that is on its way to the device
-const int kCoarseBlocks = 3, kExactBlocks = 2;  // on a multiprocessor
+// Blocks on a multiprocessor: as many as fit there at once, where they repeat work. kManyBlocks: of several tokens, which
+// fill its shared memory.
+const int kCoarseBlocks = 4, kManyBlocks = 2, kExactBlocks = 2;
 
 int blocks_for(int rows, int each, int on_one) {
   return std::max(1, std::min((rows + each - 1) / each, device().multiprocessors * on_one));
@@ -20,11 +23,11 @@ int blocks_for(int rows, int each, int on_one) {
 
 int steps_for(int hidden) { return (hidden + kHeadStepCols - 1) / kHeadStepCols; }
 
-// The most tokens, of 8, 4 and 1, whose pass fits into a block; 0 if none does.
-int largest_pass(size_t (*shared)(int, int), int hidden) {
-  for (int tokens : {8, 4, 1})
-    if (shared(hidden, tokens) <= device().shared_bytes) return tokens;
-  return 0;
+// The most tokens of these whose pass fits into a block; one always does.
+int largest_pass(std::initializer_list<int> tokens, size_t (*shared)(int, int), int hidden) {
+  for (int some : tokens)
+    if (shared(hidden, some) <= device().shared_bytes) return some;
+  return 1;
 }
 
 // Cuts one allocation into arrays that begin at multiples of 256 bytes.
@@ -56,8 +59,8 @@ HeadWeights::HeadWeights(const Model &model, const HeadRows &full, Stream &strea
   size_t need = std::max({head_norm_shared(hidden), head_coarse_shared(hidden, 1), head_exact_shared(hidden),
                           head_logits_shared(hidden, 1)});
   if (need > device().shared_bytes)
-    throw Failure(HALO_UNSUPPORTED, "a hidden size of %d needs %zu bytes of a GPU block's memory, which has %zu", hidden,
-                  need, device().shared_bytes);
+    throw Failure(HALO_UNSUPPORTED, "a hidden size of %d needs %zu bytes of a GPU block's memory, which has %zu",
+                  hidden, need, device().shared_bytes);
   tiles_ = DeviceBytes((size_t)tile_count * steps * kHeadStepWords * 16, "the coarse head");
   facts_ = DeviceBytes((size_t)tile_count * 8 * 16, "the coarse head's bounds");
   norm_ = DeviceBytes((size_t)round_up(hidden, 16) * 4, "the final norm");
@@ -77,8 +80,8 @@ void HeadWeights::upload_tiles(const Model &model, Stream &stream) {
   for (int first = 0; first < row_blocks; first += at_once) {
     const int count = std::min(at_once, row_blocks - first);
     memcpy(piece.host(), model.coarse.tiles + first * block_bytes, count * block_bytes);
-    launch_head_repack({piece.device(), chunks, steps, 2 * count, tiles_.as<uint4>() + (size_t)2 * first * steps * kHeadStepWords},
-                       stream);
+    uint4 *to = (uint4 *)(tiles_.as() + (size_t)2 * first * steps * kHeadStepWords * 16);
+    launch_head_repack({piece.device(), chunks, steps, 2 * count, to}, stream);
     stream.sync();  // before the piece is filled again
   }
 }
@@ -86,7 +89,8 @@ void HeadWeights::upload_tiles(const Model &model, Stream &stream) {
 void HeadWeights::upload_facts(const Coarse &coarse, Stream &stream) {
   SharedBytes piece(facts_.bytes());
   float *to = piece.host<float>();
-  for (int row = 0; row < vocab; ++row, to += 4) to[0] = coarse.scale[row], to[1] = coarse.error[row], to[2] = coarse.norm[row];
+  for (int row = 0; row < vocab; ++row, to += 4)
+    to[0] = coarse.scale[row], to[1] = coarse.error[row], to[2] = coarse.norm[row];
   stream.copy_in(facts_.as(), piece.host(), facts_.bytes());
   stream.sync();
 }
@@ -96,10 +100,9 @@ GpuHead::GpuHead(const HeadWeights &weights, int most, uint32_t *status)
       most_(most),
       row_(round_up(weights.hidden, 16)),
       rows_(weights.tile_count * 8),
-      coarse_blocks_(blocks_for(rows_, 128, kCoarseBlocks)),
       exact_blocks_(blocks_for(rows_, 128, kExactBlocks)),
-      pass_(largest_pass(head_coarse_shared, weights.hidden)),
-      logits_pass_(largest_pass(head_logits_shared, weights.hidden)),
+      pass_(largest_pass({16, 8}, head_coarse_shared, weights.hidden)),
+      logits_pass_(largest_pass({8, 4}, head_logits_shared, weights.hidden)),
       status_(status) {
   auto cut = [&](uint8_t *from) {
     Cut cut(from);
@@ -107,7 +110,7 @@ GpuHead::GpuHead(const HeadWeights &weights, int most, uint32_t *status)
     upper_ = cut.take<float>((size_t)kHeadAtOnce * rows_);
     parts_ = cut.take<int8_t>((size_t)kHeadAtOnce * 2 * weights_.steps * kHeadStepCols);
     tokens_ = cut.take<HeadToken>(kHeadAtOnce);
-    best_ = cut.take<HeadBest>((size_t)kHeadAtOnce * coarse_blocks_);
+    best_ = cut.take<HeadBest>((size_t)kHeadAtOnce * coarse_blocks(1));
     search_ = cut.take<HeadSearch>(kHeadAtOnce);
     counts_ = cut.take<int32_t>((size_t)kHeadAtOnce * exact_blocks_);
     some_ids_ = cut.take<int32_t>((size_t)kHeadAtOnce * weights_.vocab);
@@ -118,8 +121,11 @@ GpuHead::GpuHead(const HeadWeights &weights, int most, uint32_t *status)
   cut(memory_.as());
 }
 
+int GpuHead::coarse_blocks(int count) const { return blocks_for(rows_, 128, count > 1 ? kManyBlocks : kCoarseBlocks); }
+
 void GpuHead::check(int count, int most) const {
-  if (count < 1 || count > most) throw Failure(HALO_INTERNAL, "the output head is asked for %d of %d rows", count, most);
+  if (count < 1 || count > most)
+    throw Failure(HALO_INTERNAL, "the output head is asked for %d of %d rows", count, most);
 }
 
 HeadNormArgs GpuHead::norm_args(const Wanted &wanted, int first) const {
@@ -141,6 +147,7 @@ HeadNormArgs GpuHead::norm_args(const Wanted &wanted, int first) const {
 
 // The bounds of `count` tokens from `first` on, at most kHeadAtOnce: in passes of as many as a block can hold.
 void GpuHead::put_coarse(const Wanted &wanted, int first, int count, const float *noise, Stream &stream) {
+  const int blocks = coarse_blocks(count);
   HeadCoarseArgs args = {};
   args.tiles = weights_.tiles();
   args.facts = weights_.facts();
@@ -154,14 +161,14 @@ void GpuHead::put_coarse(const Wanted &wanted, int first, int count, const float
     args.tokens = tokens_ + t;
     args.noise = noise ? noise + (size_t)t * weights_.vocab : nullptr;
     args.upper = upper_ + (size_t)t * rows_;
-    args.best = best_ + (size_t)t * coarse_blocks_;
-    launch_head_coarse(args, coarse_blocks_, stream);
+    args.best = best_ + (size_t)t * blocks;
+    launch_head_coarse(args, blocks, stream);
   }
 }
 
-HeadExactArgs GpuHead::exact_args(int first, const float *noise, int32_t *ids, int32_t *found) const {
+HeadExactArgs GpuHead::exact_args(int first, int count, const float *noise, int32_t *ids, int32_t *found) const {
   return {weights_.rows, kept_ + (size_t)first * row_, row_, weights_.hidden, weights_.vocab, rows_, upper_, best_,
-          coarse_blocks_, noise, search_, ids, found, status_};
+          coarse_blocks(count), noise, search_, ids, found, status_};
 }
 
 void GpuHead::put_argmax(const float *x, int stride, const int32_t *wanted, int count, int32_t *ids, Stream &stream) {
@@ -169,11 +176,12 @@ void GpuHead::put_argmax(const float *x, int stride, const int32_t *wanted, int 
   for (int first = 0; first < count; first += kHeadAtOnce) {
     const int some = std::min(kHeadAtOnce, count - first);
     put_coarse({x, stride, wanted, count}, first, some, nullptr, stream);
-    launch_head_exact(exact_args(first, nullptr, ids + first, nullptr), some, exact_blocks_, stream);
+    launch_head_exact(exact_args(first, some, nullptr, ids + first, nullptr), some, exact_blocks_, stream);
   }
 }
 
-void GpuHead::put_draw(const float *x, int stride, const int32_t *wanted, int count, const GpuDraw &draw, Stream &stream) {
+void GpuHead::put_draw(const float *x, int stride, const int32_t *wanted, int count, const GpuDraw &draw,
+                       Stream &stream) {
   check(count, most_);
   if (draw.room < 0) throw Failure(HALO_INTERNAL, "the output head has room for %d", draw.room);
   const int room = std::min(draw.room, weights_.vocab);  // more can never be found
@@ -181,7 +189,7 @@ void GpuHead::put_draw(const float *x, int stride, const int32_t *wanted, int co
     const int some = std::min(kHeadAtOnce, count - first);
     const float *noise = draw.noise + (size_t)first * weights_.vocab;
     put_coarse({x, stride, wanted, count}, first, some, noise, stream);
-    const HeadExactArgs exact = exact_args(first, noise, draw.winners + first, draw.found + first);
+    const HeadExactArgs exact = exact_args(first, some, noise, draw.winners + first, draw.found + first);
     launch_head_exact(exact, some, exact_blocks_, stream);
     if (!draw.room) continue;
     HeadNearArgs near = {exact, draw.depth, room, counts_, some_ids_, some_logits_, draw.found + first,

@@ -1,5 +1,5 @@
-// The output head on the device, as a session uses it: what it needs lies in HeadWeights (of the model) and GpuHead (of
-// the session). Everything is only put on the stream. docs/exact-head.md has the proof, cpu/head.cpp the same on the CPU.
+// The output head on the device, as a session uses it: HeadWeights is of the model, GpuHead of the session. Its calls
+// only put work on the stream. docs/exact-head.md has the proof, cpu/head.cpp the same on the CPU.
 #pragma once
 #include <vector>
 
@@ -49,7 +49,7 @@ class GpuHead {
   size_t bytes() const { return memory_.bytes(); }
 
   // Of rows of x, `stride` floats apart, before the final norm, zeros from the hidden size to a multiple of 16: row
-  // wanted[t] for t = 0 to count - 1 (null: row t). All of these may be captured in a graph, which holds for this count.
+  // wanted[t] for t = 0 to count - 1 (null: row t). All of these may be captured in a graph, which holds for the count.
 
   // ids[t]: the arg max, the lowest id on a tie; -1 where a logit is not finite.
   void put_argmax(const float *x, int stride, const int32_t *wanted, int count, int32_t *ids, Stream &stream);
@@ -73,12 +73,13 @@ class GpuHead {
 
   HeadNormArgs norm_args(const Wanted &wanted, int first) const;
   void put_coarse(const Wanted &wanted, int first, int count, const float *noise, Stream &stream);
-  HeadExactArgs exact_args(int first, const float *noise, int32_t *ids, int32_t *found) const;
+  int coarse_blocks(int count) const;
+  HeadExactArgs exact_args(int first, int count, const float *noise, int32_t *ids, int32_t *found) const;
   void put_some_logits(int first, int count, float *logits, Stream &stream);
   void check(int count, int most) const;
 
   const HeadWeights &weights_;
-  const int most_, row_, rows_, coarse_blocks_, exact_blocks_;
+  const int most_, row_, rows_, exact_blocks_;
   int pass_, logits_pass_;  // tokens that a pass may take: what fits into a block's shared memory
   uint32_t *status_;
   DeviceBytes memory_;

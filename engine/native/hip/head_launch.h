@@ -124,12 +124,13 @@ size_t head_coarse_shared(int n, int tokens);
 size_t head_exact_shared(int n);
 size_t head_logits_shared(int n, int tokens);
 
-// The tokens that one pass takes are 1, 4 or 8 (the smallest that holds `count`).
-inline int head_pass_tokens(int count) { return count > 4 ? 8 : count > 1 ? 4 : 1; }
+// The tokens that the kernel of a pass takes, for `count` of them.
+inline int head_coarse_tokens(int count) { return count > 8 ? 16 : count > 1 ? 8 : 1; }
+inline int head_logits_tokens(int count) { return count > 4 ? 8 : count > 1 ? 4 : 1; }
 
 void launch_head_repack(const HeadRepackArgs &args, Stream &stream);
 void launch_head_norm(const HeadNormArgs &args, int tokens, Stream &stream);
-void launch_head_coarse(const HeadCoarseArgs &args, int blocks, Stream &stream);  // args.count: 1 to 8
+void launch_head_coarse(const HeadCoarseArgs &args, int blocks, Stream &stream);  // args.count: 1 to 16
 void launch_head_exact(const HeadExactArgs &args, int tokens, int blocks, Stream &stream);
 void launch_head_near(const HeadNearArgs &args, int tokens, int blocks, Stream &stream);
 void launch_head_logits(const HeadLogitsArgs &args, int blocks, Stream &stream);  // args.count: 1 to 8

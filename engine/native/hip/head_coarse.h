@@ -1,0 +1,359 @@
+// The coarse pass of the output head: an upper bound of every logit, and each block's best rows, from six bits a
+// weight. One token by dot products, with the final norm in it; 8 or 16 by the matrix units. Device code.
+#pragma once
+#include "head_state.h"
+#include "mma.h"
+
+namespace halo {
+
+const float kNoFloat = -__builtin_huge_valf();
+
+// 64 columns of kTokens tokens in shared memory: the two vectors of each token, and 16 bytes more, so that the parts of
+// a step lie in different banks. One token: high and low, 64 bytes each. More: vectors 80 bytes apart, since the lanes
+// of a matrix operand read several vectors at once.
+template <int kTokens>
+struct HeadChunk {
+  static constexpr int kVector = kTokens == 1 ? 64 : 80;
+  static constexpr int kBytes = 2 * kTokens * kVector + (kTokens == 1 ? 16 : 32);
+};
+
+// What a lane holds of a step of a tile.
+struct HeadLevels {
+  uint32_t word[12];
+};
+
+GPU_DEVICE void head_load(const uint4 *p, HeadLevels &w) {
+  GPU_UNROLL
+  for (int i = 0; i < 3; ++i) {
+    const uint4 v = load_once(p + kWave * i);
+    w.word[4 * i] = v.x, w.word[4 * i + 1] = v.y, w.word[4 * i + 2] = v.z, w.word[4 * i + 3] = v.w;
+  }
+}
+
+// Levels of columns 4 i to 4 i + 3 of a lane's 64.
+GPU_DEVICE uint32_t head_levels(const HeadLevels &w, int i) {
+  if (i < 12) return w.word[i] & 0x3f3f3f3fu;
+  const int j = 3 * (i - 12);
+  return (w.word[j] >> 6 & 0x03030303u) | (w.word[j + 1] >> 4 & 0x0c0c0c0cu) | (w.word[j + 2] >> 2 & 0x30303030u);
+}
+
+// 128 bytes that will be wanted soon: into the L2, where the target can be told so.
+GPU_DEVICE void head_prefetch(const uint8_t *p) {
+#if defined(HALO_MMA_SYNC)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
+}
+
+GPU_DEVICE HeadBest head_nothing() { return {kNoFloat, kNoFloat, kNoFloat, 0, 0}; }
+
+// Ties go to the lower row; what is no number loses.
+GPU_DEVICE void head_better(HeadBest &best, const HeadBest &other) {
+  if (other.certain > best.certain) best.certain = other.certain;
+  if (other.seen > best.seen || (other.seen == best.seen && other.seen_row < best.seen_row))
+    best.seen = other.seen, best.seen_row = other.seen_row;
+  if (other.drawn > best.drawn || (other.drawn == best.drawn && other.drawn_row < best.drawn_row))
+    best.drawn = other.drawn, best.drawn_row = other.drawn_row;
+}
+
+GPU_DEVICE HeadBest head_other(const HeadBest &best, int mask) {
+  return {shuffle_xor(best.certain, mask), shuffle_xor(best.seen, mask), shuffle_xor(best.drawn, mask),
+          shuffle_xor(best.seen_row, mask), shuffle_xor(best.drawn_row, mask)};
+}
+
+// The bounds of one logit: coarse_bounds in cpu/lanes.inc.h. A thread's rows must rise.
+GPU_DEVICE void head_bounds(const HeadCoarseArgs &a, const HeadToken &token, int t, int row, int high, int low,
+                            const uint4 &facts, HeadBest &best) {
+  const int highs = 2 * high - 63 * token.high_sum, lows = 2 * low - 63 * token.low_sum;
+  const float whole = fused((float)highs, 256.0f, (float)lows);
+  const float seen = whole * token.half_step * float_of(facts.x);
+  float bound = fused(token.by_error, float_of(facts.y), token.by_norm * float_of(facts.z));
+  bound = bound + 1.2e-38f;
+  const float certain = seen - bound, upper = seen + bound;
+  a.upper[(size_t)t * (8 * a.tile_count) + row] = upper;
+  if (certain > best.certain) best.certain = certain;
+  if (seen > best.seen) best.seen = seen, best.seen_row = row;
+  if (a.noise) {
+    const float drawn = upper + a.noise[(size_t)t * a.vocab + row];
+    if (drawn > best.drawn) best.drawn = drawn, best.drawn_row = row;
+  }
+}
+
+// Where things lie in a block's shared memory.
+template <int kTokens>
+struct HeadRoom {
+  float *scratch;
+  HeadToken *tokens;
+  HeadBest *found;  // [wave][token]
+  uint8_t *x;
+  GPU_DEVICE HeadRoom of(uint8_t *shared) {
+    HeadToken *tokens = (HeadToken *)(shared + kHeadScratch);
+    HeadBest *found = (HeadBest *)(tokens + kTokens);
+    const size_t bytes = (sizeof(HeadBest) * kTokens * kHeadWaves + 15) / 16 * 16;
+    return {(float *)shared, tokens, found, (uint8_t *)found + bytes};
+  }
+};
+
+// Neighbouring groups of tiles: one stream of memory for each wave.
+struct HeadStream {
+  int first, last;
+};
+GPU_DEVICE HeadStream head_stream(int groups) {
+  const long long waves = (long long)block_count() * kHeadWaves, wave = (long long)block_id() * kHeadWaves + wave_id();
+  return {(int)(wave * groups / waves), (int)((wave + 1) * groups / waves)};
+}
+
+template <int kTokens>
+GPU_DEVICE void head_report(const HeadCoarseArgs &a, HeadBest *found) {
+  sync_block();
+  const int t = thread_id();
+  if (t >= kTokens || t >= a.count) return;
+  HeadBest own = found[t];
+  for (int w = 1; w < kHeadWaves; ++w) head_better(own, found[w * kTokens + t]);
+  a.best[(size_t)t * block_count() + block_id()] = own;
+}
+
+// ---- one token ----
+
+// Lane l has row l % 8 and part l / 8 of each step; its 64 columns of high and low lie at x.
+GPU_DEVICE void head_step(const HeadLevels &w, const uint8_t *x, int &high, int &low) {
+  GPU_UNROLL
+  for (int q = 0; q < 4; ++q) {
+    const uint4 a = ((const uint4 *)x)[q], b = ((const uint4 *)(x + 64))[q];
+    const uint32_t u[4] = {head_levels(w, 4 * q), head_levels(w, 4 * q + 1), head_levels(w, 4 * q + 2),
+                           head_levels(w, 4 * q + 3)};
+    high = dot4_us(u[0], a.x, high), low = dot4_us(u[0], b.x, low);
+    high = dot4_us(u[1], a.y, high), low = dot4_us(u[1], b.y, low);
+    high = dot4_us(u[2], a.z, high), low = dot4_us(u[2], b.z, low);
+    high = dot4_us(u[3], a.w, high), low = dot4_us(u[3], b.w, low);
+  }
+}
+
+// One step of the wave's stream is always on its way.
+GPU_KERNEL(kHeadThreads) halo_head_coarse_1(HeadCoarseArgs a) {
+  let_next_start();
+  const HeadRoom<1> room = HeadRoom<1>::of(shared_memory());
+  const int steps = a.own.steps, part = lane_id() / 8;
+  const HeadStream own = head_stream(a.tile_count);
+  const uint4 *p = a.tiles + (size_t)own.first * steps * kHeadStepWords + lane_id();
+  const uint4 *end = a.tiles + (size_t)own.last * steps * kHeadStepWords;
+  HeadLevels next = {};
+  if (p < end) head_load(p, next);
+  const uint8_t *soon = (const uint8_t *)(p - lane_id() + kHeadStepWords) + 128 * lane_id();
+  if (soon < (const uint8_t *)end) head_prefetch(soon);
+  wait_for_previous();
+  float *row_of_x = (float *)(room.x + (size_t)4 * steps * HeadChunk<1>::kBytes);
+  const auto store = [&](int i, uint32_t high, uint32_t low) {
+    uint32_t *at = (uint32_t *)(room.x + (size_t)(i / 16) * HeadChunk<1>::kBytes) + i % 16;
+    at[0] = high;
+    at[16] = low;
+  };
+  const HeadToken token = head_normed(a.own, 0, block_id() == 0, row_of_x, room.scratch, store);
+  HeadBest best = head_nothing();
+  for (int tile = own.first; tile < own.last; ++tile) {
+    const int row = tile * 8 + lane_id() % 8;
+    const uint4 facts = a.facts[row];
+    int high = 0, low = 0;
+    for (int s = 0; s < steps; ++s) {
+      const HeadLevels now = next;
+      p += kHeadStepWords;
+      if (p < end) head_load(p, next);
+      head_step(now, room.x + (size_t)(4 * s + part) * HeadChunk<1>::kBytes, high, low);
+    }
+    high += shuffle_xor(high, 8), low += shuffle_xor(low, 8);
+    high += shuffle_xor(high, 16), low += shuffle_xor(low, 16);
+    if (part == 0 && row < a.vocab) head_bounds(a, token, 0, row, high, low, facts, best);
+  }
+  for (int mask = 1; mask < 8; mask *= 2) head_better(best, head_other(best, mask));
+  if (lane_id() == 0) room.found[wave_id()] = best;
+  head_report<1>(a, room.found);
+}
+
+// ---- several tokens ----
+
+// Reads the parts of all tokens into shared memory; tokens beyond the last are the last.
+template <int kTokens>
+GPU_DEVICE void head_stage(const HeadCoarseArgs &a, const HeadRoom<kTokens> &room) {
+  const int words = a.own.steps * (kHeadStepCols / 16);  // of 16 bytes, of one vector
+  for (int i = thread_id(); i < 2 * kTokens * words; i += kHeadThreads) {
+    const int v = i / words, at = i % words, t = v / 2 < a.count ? v / 2 : a.count - 1;
+    uint8_t *to = room.x + (size_t)(at / 4) * HeadChunk<kTokens>::kBytes + HeadChunk<kTokens>::kVector * v;
+    ((uint4 *)to)[at % 4] = ((const uint4 *)a.parts)[(size_t)(2 * t + v % 2) * words + at];
+  }
+  if (thread_id() < kTokens) room.tokens[thread_id()] = a.tokens[thread_id() < a.count ? thread_id() : a.count - 1];
+  sync_block();
+}
+
+// The product of 16 rows, two tiles, with 2 kTokens vectors. Vectors 2 t and 2 t + 1 are high and low of token t.
+#if defined(HALO_MMA_SYNC)
+
+// Lane 4 g + t holds row g of either tile and part t of a step's columns, and sums of tokens 4 i + t.
+template <int kTokens>
+struct HeadProduct {
+  static const int kLoads = 2, kOwn = kTokens / 4;  // kOwn: tokens of which a lane gets results
+  int acc[kOwn][4];
+
+  GPU_DEVICE size_t slot(int r, size_t tile_words) { return r * tile_words + lane_id() / 4 + lane_id() % 4 * 8; }
+  GPU_DEVICE void step(HeadProduct &p, const HeadLevels (&w)[kLoads], const uint8_t *x) {
+    x += lane_id() % 4 * HeadChunk<kTokens>::kBytes + lane_id() / 4 * HeadChunk<kTokens>::kVector;
+    GPU_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t a[4] = {head_levels(w[0], 4 * q), head_levels(w[1], 4 * q), head_levels(w[0], 4 * q + 1),
+                             head_levels(w[1], 4 * q + 1)};
+      const uint32_t b[4] = {head_levels(w[0], 4 * q + 2), head_levels(w[1], 4 * q + 2), head_levels(w[0], 4 * q + 3),
+                             head_levels(w[1], 4 * q + 3)};
+      GPU_UNROLL
+      for (int i = 0; i < kOwn; ++i) {
+        const uint4 v = ((const uint4 *)(x + 8 * i * HeadChunk<kTokens>::kVector))[q];
+        mma::multiply8<false>(p.acc[i], a, v.x, v.y);
+        mma::multiply8<false>(p.acc[i], b, v.z, v.w);
+      }
+    }
+  }
+  // give(i, token, row of the 16, high, low), rows rising.
+  template <class Give>
+  GPU_DEVICE void results(const HeadProduct &p, Give give) {
+    GPU_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      GPU_UNROLL
+      for (int i = 0; i < kOwn; ++i)
+        give(i, 4 * i + lane_id() % 4, 8 * r + lane_id() / 4, p.acc[i][2 * r], p.acc[i][2 * r + 1]);
+    }
+  }
+  GPU_DEVICE bool first_of_token() { return lane_id() < 4; }
+  GPU_DEVICE int token(int i) { return 4 * i + lane_id() % 4; }
+  static const int kMasks = 3;  // lanes of one token differ in these
+  GPU_DEVICE int mask(int m) { return 4 << m; }
+};
+
+#else
+
+// Lane l holds row l % 16 of the 16, all four parts of a step one after the other, and sums of vector l % 16 of each
+// 16; even and odd lanes then share the rows of a token.
+template <int kTokens>
+struct HeadProduct {
+  static const int kLoads = 4, kOwn = kTokens / 8;
+  int acc[kOwn][8];
+
+  GPU_DEVICE size_t slot(int r, size_t tile_words) { return lane_id() % 16 / 8 * tile_words + lane_id() % 8 + 8 * r; }
+  GPU_DEVICE void step(HeadProduct &p, const HeadLevels (&w)[kLoads], const uint8_t *x) {
+    x += lane_id() % 16 * HeadChunk<kTokens>::kVector;
+    GPU_UNROLL
+    for (int r = 0; r < kLoads; ++r) {
+      GPU_UNROLL
+      for (int q = 0; q < 4; ++q) {
+        const uint4 u = make_uint4(head_levels(w[r], 4 * q), head_levels(w[r], 4 * q + 1), head_levels(w[r], 4 * q + 2),
+                                   head_levels(w[r], 4 * q + 3));
+        GPU_UNROLL
+        for (int i = 0; i < kOwn; ++i) {
+          const uint8_t *v = x + r * HeadChunk<kTokens>::kBytes + 16 * i * HeadChunk<kTokens>::kVector;
+          mma::multiply16<1, false, true>(&p.acc[i], &u, ((const uint4 *)v)[q]);
+        }
+      }
+    }
+  }
+  template <class Give>
+  GPU_DEVICE void results(const HeadProduct &p, Give give) {
+    const int odd = lane_id() % 2;
+    GPU_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      GPU_UNROLL
+      for (int i = 0; i < kOwn; ++i) {
+        const int other = shuffle_xor(odd ? p.acc[i][v] : p.acc[i][v + 4], 1);
+        give(i, token(i), 2 * (v + 4 * odd) + lane_id() / 16, odd ? other : p.acc[i][v], odd ? p.acc[i][v + 4] : other);
+      }
+    }
+  }
+  GPU_DEVICE bool first_of_token() { return lane_id() < 16 && lane_id() % 2 == 0; }
+  GPU_DEVICE int token(int i) { return 8 * i + lane_id() % 16 / 2; }
+  static const int kMasks = 2;
+  GPU_DEVICE int mask(int m) { return m ? 16 : 1; }
+};
+
+#endif
+
+template <int kTokens>
+GPU_DEVICE void head_coarse(const HeadCoarseArgs &a) {
+  typedef HeadProduct<kTokens> Product;
+  let_next_start();
+  const HeadRoom<kTokens> room = HeadRoom<kTokens>::of(shared_memory());
+  const int steps = a.own.steps;
+  const size_t tile_words = (size_t)steps * kHeadStepWords;
+  const HeadStream own = head_stream(a.tile_count / 2);
+  const uint4 *p = a.tiles + (size_t)own.first * 2 * tile_words;
+  HeadLevels next[Product::kLoads] = {};
+  const auto load = [&] {
+    GPU_UNROLL
+    for (int r = 0; r < Product::kLoads; ++r) head_load(p + Product::slot(r, tile_words), next[r]);
+  };
+  if (own.first < own.last) load();
+  wait_for_previous();
+  head_stage<kTokens>(a, room);
+  HeadBest best[Product::kOwn];
+  GPU_UNROLL
+  for (int i = 0; i < Product::kOwn; ++i) best[i] = head_nothing();
+  for (int group = own.first; group < own.last; ++group) {
+    Product product = {};
+    for (int s = 0; s < steps; ++s) {
+      HeadLevels now[Product::kLoads];
+      GPU_UNROLL
+      for (int r = 0; r < Product::kLoads; ++r) now[r] = next[r];
+      const bool ends = s + 1 == steps;
+      p += ends ? kHeadStepWords + tile_words : kHeadStepWords;
+      if (!ends || group + 1 < own.last) load();
+      Product::step(product, now, room.x + (size_t)4 * s * HeadChunk<kTokens>::kBytes);
+    }
+    Product::results(product, [&](int i, int t, int in, int high, int low) {
+      const int row = 16 * group + in;
+      if (row < a.vocab && t < a.count) head_bounds(a, room.tokens[t], t, row, high, low, a.facts[row], best[i]);
+    });
+  }
+  GPU_UNROLL
+  for (int i = 0; i < Product::kOwn; ++i) {
+    for (int m = 0; m < Product::kMasks; ++m) head_better(best[i], head_other(best[i], Product::mask(m)));
+    if (Product::first_of_token()) room.found[wave_id() * kTokens + Product::token(i)] = best[i];
+  }
+  head_report<kTokens>(a, room.found);
+}
+
+GPU_KERNEL(kHeadThreads) halo_head_coarse_8(HeadCoarseArgs a) { head_coarse<8>(a); }
+GPU_KERNEL(kHeadThreads) halo_head_coarse_16(HeadCoarseArgs a) { head_coarse<16>(a); }
+
+// ---- the layout: once, at load ----
+
+// Columns 4 i to 4 i + 3 of a row of the file's tiles (engine/formats/tiles.py).
+GPU_DEVICE uint32_t head_file_levels(const HeadRepackArgs &a, int row, int i) {
+  if (i / 4 >= a.chunks) return 0;
+  const uint8_t *chunk = a.source + ((size_t)(row / 16) * a.chunks + i / 4) * 192;
+  const int group = i % 4;
+  const uint32_t high = *(const uint32_t *)(chunk + 64 * (group / 2) + 4 * (row % 16)) >> 4 * (group % 2);
+  const uint32_t low = *(const uint32_t *)(chunk + 128 + 4 * (row % 16)) >> 2 * group;
+  return (high & 0x0f0f0f0fu) << 2 | (low & 0x03030303u);
+}
+
+// A thread a lane of a step.
+GPU_KERNEL(kHeadThreads) halo_head_repack(HeadRepackArgs a) {
+  let_next_start();
+  wait_for_previous();
+  const long long at = (long long)block_id() * kHeadThreads + thread_id();
+  if (at >= (long long)a.tile_count * a.steps * kWave) return;
+  const int lane = (int)(at % kWave), row = (int)(at / kWave / a.steps) * 8 + lane % 8;
+  const int first = (int)(at / kWave % a.steps) * (kHeadStepCols / 4) + lane / 8 * 16;
+  uint32_t word[12];
+  GPU_UNROLL
+  for (int i = 0; i < 12; ++i) word[i] = head_file_levels(a, row, first + i);
+  GPU_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t u = head_file_levels(a, row, first + 12 + j);
+    word[3 * j] |= (u & 0x03030303u) << 6;
+    word[3 * j + 1] |= (u & 0x0c0c0c0cu) << 4;
+    word[3 * j + 2] |= (u & 0x30303030u) << 2;
+  }
+  uint4 *to = a.tiles + at / kWave * kHeadStepWords + lane;
+  GPU_UNROLL
+  for (int p = 0; p < 3; ++p)
+    to[p * kWave] = make_uint4(word[4 * p], word[4 * p + 1], word[4 * p + 2], word[4 * p + 3]);
+}
+
+}  // namespace halo
