@@ -20,6 +20,7 @@ import tempfile
 OLDEST = (3, 11)
 NEWEST = (3, 14)
 CHUNK = 1 << 20
+MANIFEST_BYTES = 16 << 20  # at most; a member may claim more than there is memory
 
 
 class Refusal(Exception):
@@ -118,7 +119,8 @@ def read_manifest(tar: tarfile.TarFile, bundle: str) -> dict:
     """bundle.json, which is the tar's first member: path -> sha256."""
     member = tar.next()
     first = member is not None and member.isfile() and member.name == "bundle.json"
-    stream = tar.extractfile(member) if first and not member.issparse() else None
+    sound = first and not member.issparse() and member.size <= MANIFEST_BYTES
+    stream = tar.extractfile(member) if sound else None
     try:
         manifest = json.loads(stream.read().decode()) if stream is not None else {}
         files = manifest["files"]
@@ -171,7 +173,7 @@ def unpack(bundle: str, directory: str) -> None:
                         % (bundle, member.name),
                         "get the bundle anew; nothing was changed",
                     )
-    except (tarfile.TarError, EOFError):
+    except (tarfile.TarError, EOFError, IndexError):  # the last is tarfile's own, of a torn sparse header
         raise Refusal(
             "%s is not a halo bundle, or is cut short." % bundle, "make one with: halo bundle -o FILE"
         )

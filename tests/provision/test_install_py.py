@@ -132,6 +132,28 @@ def test_wrong_unlisted_or_missing_member(script: ModuleType, tmp_path: Path, fi
         script.unpack(str(bundle), str(tmp_path / "out"))
 
 
+def test_a_manifest_that_claims_gigabytes_is_refused_unread(script: ModuleType, tmp_path: Path) -> None:
+    """Found by fuzzing: its size is believed by whoever reads it in one piece."""
+    header = tarfile.TarInfo("bundle.json")
+    header.size = 7 << 30
+    (tmp_path / "bundle.tar").write_bytes(header.tobuf() + b"{}" + bytes(510))
+    with pytest.raises(script.Refusal, match="is not a halo bundle"):
+        script.unpack(str(tmp_path / "bundle.tar"), str(tmp_path / "out"))
+
+
+def test_a_torn_sparse_header_is_a_sentence(script: ModuleType, tmp_path: Path) -> None:
+    """Found by fuzzing: tarfile ends with an IndexError there."""
+    header = tarfile.TarInfo("bundle.json")
+    header.type = tarfile.GNUTYPE_SPARSE
+    raw = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    raw[482] = 1  # more of the table follows, in a block that is cut short
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    (tmp_path / "bundle.tar").write_bytes(bytes(raw[:512]) + b"0")
+    with pytest.raises(script.Refusal, match="is not a halo bundle"):
+        script.unpack(str(tmp_path / "bundle.tar"), str(tmp_path / "out"))
+
+
 def test_damage_anywhere_is_a_sentence(tmp_path: Path) -> None:
     """A bundle that came over a bad line never runs: whatever byte is wrong, however short it is."""
     bundle = make_bundle(tmp_path / "b", {f"provision/{n}.py": bytes([n]) * 9000 for n in range(4)})
