@@ -269,11 +269,11 @@ class Batch:
             self.room, self.layers, self.head_dim // 2, out.shape[1], FORMS.index(self.form),
         ]  # fmt: skip
         scale = np.float32(1 / np.sqrt(np.float64(self.head_dim)))
+        where = [address(np.array(numbers, np.int32)) for numbers in (self.slots, self.positions)]
         failed = library.driver_attention(
-            address(qkv), address(np.array(self.slots, np.int32)), address(np.array(self.positions, np.int32)),
-            address(kv), address(np.concatenate(scales)), ctypes.c_size_t(len(data[0])), address(self.cosine),
-            address(self.sine), ctypes.c_float(float(scale)), address(out), address(said),
-            address(np.array(ints, np.int32)),
+            address(qkv), *where, address(kv), address(np.concatenate(scales)),
+            ctypes.c_size_t(len(data[0])), address(self.cosine), address(self.sine),
+            ctypes.c_float(float(scale)), address(out), address(said), address(np.array(ints, np.int32)),
         )  # fmt: skip
         assert failed == status, library.driver_message()
         self.said = int(said[0])

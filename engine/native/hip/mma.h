@@ -22,6 +22,26 @@
 namespace halo {
 namespace mma {
 
+// x, of which the compiler knows nothing more: what follows from it is computed where it is used, and not kept in a
+// register from before the loop.
+GPU_DEVICE int fresh(int x) {
+#if defined(__HIP__)
+  asm volatile("" : "+v"(x));
+#elif defined(HALO_MMA_SYNC)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// The wave's number in its block, as a scalar.
+GPU_DEVICE int own_wave() {
+#if defined(__HIP__)
+  return __builtin_amdgcn_readfirstlane(wave_id());
+#else
+  return wave_id();
+#endif
+}
+
 #if defined(HALO_MMA_SYNC)
 
 // acc += A B. A: 16 rows x 32 bytes, signed or not. B: 8 columns x 32 bytes, signed.
@@ -126,7 +146,7 @@ struct Operand {
 // 16 items from [k / 16][16 units][16 bytes], `stride` bytes from one k to the next.
 GPU_DEVICE Operand load_items(const uint8_t *at, int stride) {
   Operand x;
-  const int lane = lane_id();
+  const int lane = fresh(lane_id());
 #if defined(HALO_MMA_SYNC)
   load_matrices(x.w, at + lane / 8 % 2 * stride + (lane / 16 * 8 + lane % 8) * 16);
 #else
@@ -147,21 +167,33 @@ GPU_DEVICE Operand load_queries(const uint8_t *at) {
 #endif
 }
 
-// The queries' operand from results: bytes of kRun items of two times sixteen, four to a word.
-template <int kWords>
-GPU_DEVICE Operand turn_results(const uint32_t (&first)[kLaneQueries][kWords], const uint32_t (&second)[kLaneQueries][kWords]) {
-  static_assert(kWords == kRun / 4, "four bytes to a word");
+// The word of the lane 16 further, around the wave.
+GPU_DEVICE uint32_t other_half(uint32_t x) {
+#if defined(__HIP__)
+  return (uint32_t)__builtin_amdgcn_permlanex16((int)x, (int)x, 0x76543210, (int)0xfedcba98, false, false);
+#else
+  return shuffle_xor(x, 16);
+#endif
+}
+
+// Bytes of a lane's results: for each query, of kRun items, four to a word.
+struct Bytes {
+  uint32_t w[kLaneQueries][kRun / 4];
+};
+
+// The queries' operand from the bytes of two times sixteen items.
+GPU_DEVICE Operand turn_results(const Bytes &first, const Bytes &second) {
   Operand x;
 #if defined(HALO_MMA_SYNC)
-  x.w[0] = first[0][0], x.w[1] = first[1][0], x.w[2] = second[0][0], x.w[3] = second[1][0];
+  x.w[0] = first.w[0][0], x.w[1] = first.w[1][0], x.w[2] = second.w[0][0], x.w[3] = second.w[1][0];
 #else
   // Each half-wave has half of what both must have.
   const bool upper = lane_id() >= 16;
   GPU_UNROLL
   for (int k = 0; k < 2; ++k) {
-    const uint32_t a = k ? second[0][0] : first[0][0], b = k ? second[0][1] : first[0][1];
-    const uint32_t c = shuffle_xor(a, 16), d = shuffle_xor(b, 16);
-    x.k[k] = upper ? make_uint4(c, d, a, b) : make_uint4(a, b, c, d);
+    const uint32_t a = k ? second.w[0][0] : first.w[0][0], b = k ? second.w[0][1] : first.w[0][1];
+    const uint32_t c = other_half(a), d = other_half(b);
+    x.k[k].x = upper ? c : a, x.k[k].y = upper ? d : b, x.k[k].z = upper ? a : c, x.k[k].w = upper ? b : d;
   }
 #endif
   return x;

@@ -7,10 +7,10 @@
 // as its operand without passing through memory: mma.h chooses the order of positions for that. Sums over the values
 // come out 16 elements at a time. What is merged from block to block lies in the output row, which its lane alone reads.
 //
-// Shared memory: queries (64 x width), scales of two blocks of positions (4 KB), and two or three stages of keys (64
-// positions x width) or values (256 positions x 32 elements). Each 16 units of 16 bytes, positions of the keys or
-// elements of the values, are 256 bytes in a row, so the lanes that read them together have no bank in common.
-// 16 + 4 + 2 x 16 KB at a width of 256 on gfx1151, 8 + 4 + 2 x 8 KB at 128.
+// Shared memory: queries (64 x width), scales of two blocks of positions (4 KB), and two or three stages of 8 KB: keys
+// (64 positions x width, or 32 beyond a width of 128) or values (256 positions x 32 elements). Each 16 units of 16
+// bytes, positions of the keys or elements of the values, are 256 bytes in a row, so the lanes that read them together
+// have no bank in common. 28 KB at a width of 128 on gfx1151, 36 KB at 256.
 #pragma once
 #include "kv.h"
 #include "launch.h"
@@ -21,8 +21,9 @@ namespace halo {
 namespace prefill {
 
 const int kAttendThreads = 128, kAttendWaves = kAttendThreads / kWave;
-const int kChunk = 64;          // positions of a stage of keys
-const int kValueElements = 32;  // elements of a stage of values
+const int kValueElements = 32;                               // of a stage of values
+const int kStageBytes = kBlockOfKv * kValueElements;         // of a stage
+const int kCopies = kStageBytes / 16 / kAttendThreads;       // that each thread makes of it
 const int kScaleBytes = 4 * 2 * kBlockOfKv;  // of the keys and values of one block
 
 
@@ -95,10 +96,10 @@ template <KvStore kForm>
 GPU_DEVICE void prepare_rows(const AttentionArgs &a, const Work &w, int units) {
   const int width = a.kv.width, lane = lane_id();
   const float scale = kForm == KvStore::rotor3 ? a.scale / (float)a.kv.head_dim : a.scale;
-  float *four = (float *)w.stages + wave_id() * 4 * width;
-  uint8_t *own = w.queries + wave_id() * units * 256;
+  float *four = (float *)w.stages + mma::own_wave() * 4 * width;
+  uint8_t *own = w.queries + mma::own_wave() * units * 256;
   for (int batch = 0; batch < 16; batch += 4) {
-    take_queries(a, w, wave_id() * 16 + batch, four);
+    take_queries(a, w, mma::own_wave() * 16 + batch, four);
     sync_block();
     if (kForm == KvStore::rotor3) {
       for (int i = lane; i < 4 * width; i += kWave) four[i] = four[i] * rotation_sign(i % width);
@@ -109,7 +110,7 @@ GPU_DEVICE void prepare_rows(const AttentionArgs &a, const Work &w, int units) {
       float most = wave_largest(four + r * width, width);
       most = most > 1e-30f ? most : 1e-30f;
       const float factor = 127.0f / most;
-      if (lane == 0) w.q_scales[wave_id() * 16 + batch + r] = most / 127.0f * scale;
+      if (lane == 0) w.q_scales[mma::own_wave() * 16 + batch + r] = most / 127.0f * scale;
       for (int i = lane; i < 16 * units; i += kWave)
         own[i / 16 * 256 + (batch + r) * 16 + i % 16] =
             i < width ? (uint8_t)(int8_t)nearest(four[r * width + i] * factor) : 0;
@@ -133,27 +134,28 @@ struct Way {
 };
 #endif
 
-template <KvStore kForm, int kUnits>
+template <KvStore kForm>
 struct Feed {
   int block = 0, chunk = 0, fetched = 0, used = 0;  // the next to fetch; stages so far
-  uint4 units[kForm == KvStore::int8 && !Way<kForm>::kAsync ? kUnits : 1];
-  uint32_t low[kForm == KvStore::rotor3 ? kUnits : 1], high[kForm == KvStore::rotor3 ? kUnits : 1];
+  uint4 units[kForm == KvStore::int8 && !Way<kForm>::kAsync ? kCopies : 1];
+  uint32_t low[kForm == KvStore::rotor3 ? kCopies : 1], high[kForm == KvStore::rotor3 ? kCopies : 1];
   int into = -1;  // the stage that what is in registers belongs to
 };
 
 GPU_DEVICE int positions_of(const Work &w, int block) { return block < w.last ? kBlockOfKv : w.seen; }
 
-// One unit of 16 bytes.
-template <KvStore kForm, int kUnits>
-GPU_DEVICE void fetch_unit(Feed<kForm, kUnits> &f, const uint8_t *base, size_t words, size_t unit, uint8_t *to, int i) {
+// One unit of 16 bytes. It may be read in any case; `wanted` says if it must be.
+template <KvStore kForm>
+GPU_DEVICE void fetch_unit(Feed<kForm> &f, const uint8_t *base, size_t words, size_t unit, uint8_t *to,
+                           bool wanted, int i) {
   if (kForm == KvStore::rotor3) {
     f.low[i] = ((const uint32_t *)base)[unit];
     f.high[i] = ((const uint16_t *)(base + words))[unit];
   } else {
 #if defined(HALO_MMA_SYNC)
-    mma::copy16(to, base + 16 * unit);
+    if (wanted) mma::copy16(to, base + 16 * unit);
 #else
-    (void)to;  // land() puts it there
+    (void)to, (void)wanted;  // land() puts it there
     f.units[i] = ((const uint4 *)base)[unit];
 #endif
   }
@@ -161,9 +163,9 @@ GPU_DEVICE void fetch_unit(Feed<kForm, kUnits> &f, const uint8_t *base, size_t w
 
 template <KvStore kForm>
 GPU_DEVICE void fetch_scales(const Work &w, int block) {
-  const int at = block * kBlockOfKv + thread_id() % 64 * 4;
-  const float *from = (thread_id() < 64 ? w.kv.key_scales : w.kv.value_scales) + at;
-  uint8_t *to = w.scales + block % 2 * kScaleBytes + thread_id() * 16;
+  const int thread = mma::fresh(thread_id()), at = block * kBlockOfKv + thread % 64 * 4;
+  const float *from = (thread < 64 ? w.kv.key_scales : w.kv.value_scales) + at;
+  uint8_t *to = w.scales + block % 2 * kScaleBytes + thread * 16;
 #if defined(HALO_MMA_SYNC)
   if (Way<kForm>::kAsync) {
     mma::copy16(to, from);
@@ -174,30 +176,32 @@ GPU_DEVICE void fetch_scales(const Work &w, int block) {
 }
 
 // Send the next stage on its way.
-template <KvStore kForm, int kUnits>
-GPU_DEVICE void fetch(Feed<kForm, kUnits> &f, const Work &w, int width, int stage_bytes) {
+template <KvStore kForm, int kChunk>
+GPU_DEVICE void fetch(Feed<kForm> &f, const Work &w, int width) {
+  const int thread = mma::fresh(thread_id());
   f.into = -1;
   if (f.block <= w.last) {
     const int seen = positions_of(w, f.block), key_chunks = (seen + kChunk - 1) / kChunk;
     f.into = f.fetched % Way<kForm>::kStages;
-    uint8_t *stage = w.stages + f.into * stage_bytes;
+    uint8_t *stage = w.stages + f.into * kStageBytes;
     if (f.chunk == 0) fetch_scales<kForm>(w, f.block);
     if (f.chunk < key_chunks) {
       const size_t first = ((size_t)f.block * kBlockOfKv + f.chunk * kChunk) * (width / 16);
+      const int count = kChunk / 16 * width;
       GPU_UNROLL
-      for (int i = 0; i < kUnits; ++i) {
-        const int at = thread_id() + i * kAttendThreads;
-        if (at < 4 * width)
-          fetch_unit(f, w.kv.keys, w.kv.words, first + at / 16 * 16 + mma::item_of(at % 16), stage + 16 * at, i);
+      for (int i = 0; i < kCopies; ++i) {
+        const int at = thread + i * kAttendThreads;
+        const size_t unit = at < count ? first + at / 16 * 16 + mma::item_of(at % 16) : first;
+        fetch_unit(f, w.kv.keys, w.kv.words, unit, stage + 16 * at, at < count, i);
       }
     } else {
-      const int element = (f.chunk - key_chunks) * kValueElements, groups = (seen + 15) / 16;
+      const int element = (f.chunk - key_chunks) * kValueElements;
       GPU_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int at = thread_id() + i * kAttendThreads, d = element + at / 256 * 16 + mma::item_of(at % 16);
-        const int group = at / 16 % 16;
-        if (group < groups && d < width)
-          fetch_unit(f, w.kv.values, w.kv.words, ((size_t)f.block * 16 + group) * width + d, stage + 16 * at, i);
+      for (int i = 0; i < kCopies; ++i) {
+        const int at = thread + i * kAttendThreads, d = element + at / 256 * 16 + mma::item_of(at % 16);
+        const size_t group = (size_t)f.block * 16 + at / 16 % 16;
+        fetch_unit(f, w.kv.values, w.kv.words, group * width + (d < width ? d : 0), stage + 16 * at,
+                   at / 16 % 16 * 16 < seen && d < width, i);
       }
     }
     ++f.fetched;
@@ -209,28 +213,28 @@ GPU_DEVICE void fetch(Feed<kForm, kUnits> &f, const Work &w, int width, int stag
 }
 
 // Put down what came through registers.
-template <KvStore kForm, int kUnits>
-GPU_DEVICE void land(Feed<kForm, kUnits> &f, const Work &w, int stage_bytes) {
+template <KvStore kForm>
+GPU_DEVICE void land(Feed<kForm> &f, const Work &w) {
   if (Way<kForm>::kAsync || f.into < 0) return;
+  const int thread = mma::fresh(thread_id());
   GPU_UNROLL
-  for (int i = 0; i < kUnits; ++i) {
-    const int at = thread_id() + i * kAttendThreads;
-    if (16 * at >= stage_bytes) continue;
-    uint4 *to = (uint4 *)(w.stages + f.into * stage_bytes) + at;
+  for (int i = 0; i < kCopies; ++i) {
+    const int at = thread + i * kAttendThreads;
+    uint4 *to = (uint4 *)(w.stages + f.into * kStageBytes) + at;
     *to = kForm == KvStore::rotor3 ? levels_of(f.low[kForm == KvStore::rotor3 ? i : 0], f.high[kForm == KvStore::rotor3 ? i : 0])
                                    : f.units[kForm == KvStore::int8 && !Way<kForm>::kAsync ? i : 0];
   }
 }
 
 // Wait for the next stage, send the one after the others on its way; where the next one lies.
-template <KvStore kForm, int kUnits>
-GPU_DEVICE const uint8_t *next_stage(Feed<kForm, kUnits> &f, const Work &w, int width, int stage_bytes) {
+template <KvStore kForm, int kChunk>
+GPU_DEVICE const uint8_t *next_stage(Feed<kForm> &f, const Work &w, int width) {
 #if defined(HALO_MMA_SYNC)
   if (Way<kForm>::kAsync) mma::wait<Way<kForm>::kStages - 2>();
 #endif
   sync_block();
-  fetch(f, w, width, stage_bytes);
-  return w.stages + f.used++ % Way<kForm>::kStages * stage_bytes;
+  fetch<kForm, kChunk>(f, w, width);
+  return w.stages + f.used++ % Way<kForm>::kStages * kStageBytes;
 }
 
 // What a lane knows of its queries in one block of positions.
@@ -240,13 +244,14 @@ struct LaneRows {
   float top[mma::kLaneQueries], total[mma::kLaneQueries], unit[mma::kLaneQueries];
 };
 
-// Scores of 64 positions: four times sixteen.
+// Scores of a stage's positions.
+template <int kChunk>
 GPU_DEVICE void score_chunk(const uint8_t *stage, const uint8_t *queries, int width, int (*sums)[8]) {
   for (int k = 0; k < width / 16; k += 2) {
     const mma::Operand q = mma::load_queries(queries + k * 256);
     const int stride = k + 1 < width / 16 ? 512 : 0;  // the query is zero where there is no key
     GPU_UNROLL
-    for (int u = 0; u < 4; ++u)
+    for (int u = 0; u < kChunk / 16; ++u)
       mma::multiply<true>(sums[u], mma::load_items(stage + u / 2 * width * 32 + u % 2 * 256 + k * 512, stride), q);
   }
 }
@@ -265,7 +270,7 @@ const uint32_t kHidden = 0xff800000u;  // the score of a position that is not se
 
 // Sums to scores (as bits), and the largest.
 GPU_DEVICE void finish_scores(int (&sums)[16][8], const float *key_scales, int pairs, LaneRows &r) {
-  const int first = mma::run_of_lane() * mma::kRun;
+  const int first = mma::fresh(mma::run_of_lane() * mma::kRun);
   GPU_UNROLL
   for (int q = 0; q < mma::kLaneQueries; ++q) r.top[q] = float_of(kHidden);
   GPU_UNROLL
@@ -302,7 +307,7 @@ GPU_DEVICE float tree_of_run(float (&lanes)[mma::kRun]) {
 
 // Scores to weights times the values' scales (as bits); what a unit of 15 bits of them is worth.
 GPU_DEVICE void finish_weights(int (&sums)[16][8], const float *value_scales, int pairs, LaneRows &r) {
-  const int first = mma::run_of_lane() * mma::kRun;
+  const int first = mma::fresh(mma::run_of_lane() * mma::kRun);
   float most[mma::kLaneQueries], lanes[mma::kLaneQueries][mma::kRun] = {};
   GPU_UNROLL
   for (int q = 0; q < mma::kLaneQueries; ++q) most[q] = 1e-30f;
@@ -331,28 +336,21 @@ GPU_DEVICE void finish_weights(int (&sums)[16][8], const float *value_scales, in
   }
 }
 
-// Weights of 32 positions to their two bytes: the upper (0 to 127) and the lower.
-GPU_DEVICE void split_weights(const int (*sums)[8], const float *factor, mma::Operand &high, mma::Operand &low) {
-  const int kWords = mma::kRun / 4;
-  uint32_t up[2][mma::kLaneQueries][kWords], down[2][mma::kLaneQueries][kWords];
+// Weights of 16 positions to their two bytes: the upper (0 to 127) and the lower.
+GPU_DEVICE void split_weights(const int (&sums)[8], const float *factor, mma::Bytes &high, mma::Bytes &low) {
   GPU_UNROLL
-  for (int u = 0; u < 2; ++u) {
+  for (int q = 0; q < mma::kLaneQueries; ++q) {
     GPU_UNROLL
-    for (int q = 0; q < mma::kLaneQueries; ++q) {
+    for (int j = 0; j < mma::kRun / 4; ++j) {
+      uint32_t v[4];  // 1.5 * 2^23 + x has the whole number nearest to x in its lower bits, half to even
       GPU_UNROLL
-      for (int j = 0; j < kWords; ++j) {
-        uint32_t v[4];  // 1.5 * 2^23 + x has the whole number nearest to x in its lower bits, half to even
-        GPU_UNROLL
-        for (int b = 0; b < 4; ++b)
-          v[b] = bits_of(float_of((uint32_t)sums[u][mma::result(q, 4 * j + b)]) * factor[q] + 12582912.0f);
-        const uint32_t left = pick_bytes(v[0], v[1], 0x05010400u), right = pick_bytes(v[2], v[3], 0x05010400u);
-        down[u][q][j] = pick_bytes(left, right, 0x05040100u);
-        up[u][q][j] = pick_bytes(left, right, 0x07060302u);
-      }
+      for (int b = 0; b < 4; ++b)
+        v[b] = bits_of(float_of((uint32_t)sums[mma::result(q, 4 * j + b)]) * factor[q] + 12582912.0f);
+      const uint32_t left = pick_bytes(v[0], v[1], 0x05010400u), right = pick_bytes(v[2], v[3], 0x05010400u);
+      low.w[q][j] = pick_bytes(left, right, 0x05040100u);
+      high.w[q][j] = pick_bytes(left, right, 0x07060302u);
     }
   }
-  high = mma::turn_results(up[0], up[1]);
-  low = mma::turn_results(down[0], down[1]);
 }
 
 // What has been merged so far of a lane's queries; this block's share of the sums, and theirs.
@@ -376,9 +374,10 @@ GPU_DEVICE void merge_tops(Merged &m, const LaneRows &r, bool first) {
   }
 }
 
-// Where a lane's queries have their results; null beyond the tile's.
+// Where a lane's queries have their results; -1 beyond the tile's.
 struct LaneOutput {
-  float *row[mma::kLaneQueries];
+  float *out;
+  int row[mma::kLaneQueries];  // where it begins
   int size;        // head_dim
   bool by_fours;   // 16 bytes at once
   bool first, last;  // of the blocks
@@ -386,21 +385,21 @@ struct LaneOutput {
 
 GPU_DEVICE LaneOutput lane_output(const AttentionArgs &a, const Work &w) {
   LaneOutput o;
+  o.out = a.out;
   o.size = a.kv.head_dim;
   o.by_fours = a.kv.head_dim % 4 == 0 && a.out_stride % 4 == 0;
   GPU_UNROLL
   for (int q = 0; q < mma::kLaneQueries; ++q) {
-    const int row = wave_id() * 16 + mma::query_of_lane(q);
-    o.row[q] = row < w.rows ? a.out + (size_t)(w.tile.first + row / w.group) * a.out_stride +
-                                  (w.head * w.group + row % w.group) * o.size
-                            : nullptr;
+    const int row = mma::own_wave() * 16 + mma::query_of_lane(q);
+    o.row[q] = row < w.rows ? (w.tile.first + row / w.group) * a.out_stride + (w.head * w.group + row % w.group) * o.size
+                            : -1;
   }
   return o;
 }
 
 // Four neighbouring elements of one query: this block's sums into those of the blocks before.
 GPU_DEVICE void put_four(const LaneOutput &o, const Merged &m, int q, int d, float (&x)[4]) {
-  float *to = o.row[q] + d, old[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float *to = o.out + o.row[q] + d, old[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const int some = o.size - d < 4 ? o.size - d : 4;
   if (!o.first) {
     if (o.by_fours) {
@@ -422,23 +421,15 @@ GPU_DEVICE void put_four(const LaneOutput &o, const Merged &m, int q, int d, flo
   }
 }
 
-// Sums of 16 elements at `stage` [position / 16][16 units][16 bytes] with the weights of 256 positions, and where they go.
-GPU_DEVICE void sum_values(const uint8_t *stage, int element, const mma::Operand (&high)[8], const mma::Operand (&low)[8],
-                           int pairs, const LaneRows &r, const Merged &m, const LaneOutput &o) {
-  int upper[8] = {}, lower[8] = {};
-  GPU_UNROLL
-  for (int k = 0; k < 8; ++k) {
-    if (k >= pairs) continue;
-    const mma::Operand items = mma::load_items(stage + k * 512, 256);
-    mma::multiply<true>(upper, items, high[k]);
-    mma::multiply<false>(lower, items, low[k]);
-  }
+// One lane's sums of 16 elements to where they go.
+GPU_DEVICE void put_sums(const int (&upper)[8], const int (&lower)[8], int element, const LaneRows &r, const Merged &m,
+                         const LaneOutput &o) {
   GPU_UNROLL
   for (int q = 0; q < mma::kLaneQueries; ++q) {
     GPU_UNROLL
     for (int j = 0; j < mma::kRun; j += 4) {
-      const int d = element + mma::run_of_lane() * mma::kRun + j;
-      if (!o.row[q] || d >= o.size) continue;
+      const int d = element + mma::fresh(mma::run_of_lane() * mma::kRun) + j;
+      if (o.row[q] < 0 || d >= o.size) continue;
       float x[4];
       GPU_UNROLL
       for (int i = 0; i < 4; ++i)
@@ -448,14 +439,35 @@ GPU_DEVICE void sum_values(const uint8_t *stage, int element, const mma::Operand
   }
 }
 
+// Sums of 32 elements at `stage` [element / 16][position / 16][16 units][16 bytes] with the weights of 256 positions.
+// Where there are but 16, the others are nobody's.
+GPU_DEVICE void sum_values(const uint8_t *stage, int element, const mma::Bytes (&high)[16], const mma::Bytes (&low)[16],
+                           int pairs, const LaneRows &r, const Merged &m, const LaneOutput &o) {
+  int upper[2][8] = {}, lower[2][8] = {};
+  GPU_UNROLL
+  for (int k = 0; k < 8; ++k) {
+    if (k >= pairs) continue;
+    const mma::Operand top = mma::turn_results(high[2 * k], high[2 * k + 1]);
+    const mma::Operand rest = mma::turn_results(low[2 * k], low[2 * k + 1]);
+    GPU_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const mma::Operand items = mma::load_items(stage + half * 4096 + k * 512, 256);
+      mma::multiply<true>(upper[half], items, top);
+      mma::multiply<false>(lower[half], items, rest);
+    }
+  }
+  GPU_UNROLL
+  for (int half = 0; half < 2; ++half) put_sums(upper[half], lower[half], element + 16 * half, r, m, o);
+}
+
 // The sums of rotated values, turned back: each wave's rows of the output.
 GPU_DEVICE void turn_rows_back(const AttentionArgs &a, const Work &w) {
   const int size = a.kv.head_dim;
   const float shorter = 1.0f / (float)size;
-  float *four = (float *)w.stages + wave_id() * 4 * size;
+  float *four = (float *)w.stages + mma::own_wave() * 4 * size;
   sync_block();
   for (int batch = 0; batch < 16; batch += 4) {
-    const int first = wave_id() * 16 + batch;
+    const int first = mma::own_wave() * 16 + batch;
     for (int pass = 0; pass < 2; ++pass) {
       for (int i = lane_id(); i < 4 * size; i += kWave) {
         const int row = first + i / size, d = i % size;
@@ -471,23 +483,23 @@ GPU_DEVICE void turn_rows_back(const AttentionArgs &a, const Work &w) {
   }
 }
 
-// Grid: tiles, KV heads. kUnits: of 16 bytes that a thread copies of a stage; 32 times it is the widest vector.
-template <KvStore kForm, int kUnits>
+// Grid: tiles, KV heads. kChunk: positions of a stage of keys.
+template <KvStore kForm, int kChunk>
 GPU_DEVICE void attend(const PrefillAttentionArgs &a) {
   let_next_start();
   wait_for_previous();
   const Work w = work_of(a, kForm);
   const int width = a.base.kv.width;
   prepare_rows<kForm>(a.base, w, a.query_units);
-  const uint8_t *queries = w.queries + wave_id() * a.query_units * 256;
+  const uint8_t *queries = w.queries + mma::own_wave() * a.query_units * 256;
   LaneOutput output = lane_output(a.base, w);
   LaneRows rows;
   Merged merged = {};
-  Feed<kForm, kUnits> feed;
+  Feed<kForm> feed;
   GPU_UNROLL
   for (int s = 0; s < Way<kForm>::kStages - 1; ++s) {
-    fetch(feed, w, width, a.stage_bytes);
-    land(feed, w, a.stage_bytes);
+    fetch<kForm, kChunk>(feed, w, width);
+    land(feed, w);
   }
   for (int block = 0; block <= w.last; ++block) {
     const int seen = positions_of(w, block), pairs = (seen + 31) / 32;
@@ -496,14 +508,14 @@ GPU_DEVICE void attend(const PrefillAttentionArgs &a) {
     GPU_UNROLL
     for (int c = 0; c < kBlockOfKv / kChunk; ++c) {
       if (c * kChunk >= seen) continue;
-      const uint8_t *stage = next_stage(feed, w, width, a.stage_bytes);
-      score_chunk(stage, queries, width, sums + 4 * c);
-      land(feed, w, a.stage_bytes);
+      const uint8_t *stage = next_stage<kForm, kChunk>(feed, w, width);
+      score_chunk<kChunk>(stage, queries, width, sums + kChunk / 16 * c);
+      land(feed, w);
     }
     float factor[mma::kLaneQueries];
     GPU_UNROLL
     for (int q = 0; q < mma::kLaneQueries; ++q) {
-      const int row = wave_id() * 16 + mma::query_of_lane(q);
+      const int row = mma::own_wave() * 16 + mma::query_of_lane(q);
       const int limit = w.tile.position % kBlockOfKv + row / w.group + 1;
       rows.limit[q] = block < w.last ? kBlockOfKv : limit < seen ? limit : seen;
       rows.scale[q] = w.q_scales[row];
@@ -517,34 +529,30 @@ GPU_DEVICE void attend(const PrefillAttentionArgs &a) {
       rows.unit[q] = rows.unit[q] / 32767.0f;
     }
     merge_tops(merged, rows, block == 0);
-    mma::Operand high[8], low[8];
+    mma::Bytes high[16], low[16];
     GPU_UNROLL
-    for (int k = 0; k < 8; ++k)
-      if (k < pairs) split_weights(sums + 2 * k, factor, high[k], low[k]);
+    for (int u = 0; u < 16; ++u)
+      if (u / 2 < pairs) split_weights(sums[u], factor, high[u], low[u]);
     for (int element = 0; element < width; element += kValueElements) {
-      const uint8_t *stage = next_stage(feed, w, width, a.stage_bytes);
-      for (int half = 0; half < 2; ++half)
-        if (element + 16 * half < width)
-          sum_values(stage + half * 4096, element + 16 * half, high, low, pairs, rows, merged, output);
-      land(feed, w, a.stage_bytes);
+      const uint8_t *stage = next_stage<kForm, kChunk>(feed, w, width);
+      sum_values(stage, element, high, low, pairs, rows, merged, output);
+      land(feed, w);
     }
   }
   if (kForm == KvStore::rotor3) turn_rows_back(a.base, w);
 }
 
-GPU_KERNEL(kAttendThreads) halo_prefill_int8(PrefillAttentionArgs a) { attend<KvStore::int8, 4>(a); }
-GPU_KERNEL(kAttendThreads) halo_prefill_int8_256(PrefillAttentionArgs a) { attend<KvStore::int8, 8>(a); }
-GPU_KERNEL(kAttendThreads) halo_prefill_rotor3(PrefillAttentionArgs a) { attend<KvStore::rotor3, 4>(a); }
-GPU_KERNEL(kAttendThreads) halo_prefill_rotor3_256(PrefillAttentionArgs a) { attend<KvStore::rotor3, 8>(a); }
+GPU_KERNEL(kAttendThreads) halo_prefill_int8(PrefillAttentionArgs a) { attend<KvStore::int8, 64>(a); }
+GPU_KERNEL(kAttendThreads) halo_prefill_int8_256(PrefillAttentionArgs a) { attend<KvStore::int8, 32>(a); }
+GPU_KERNEL(kAttendThreads) halo_prefill_rotor3(PrefillAttentionArgs a) { attend<KvStore::rotor3, 64>(a); }
+GPU_KERNEL(kAttendThreads) halo_prefill_rotor3_256(PrefillAttentionArgs a) { attend<KvStore::rotor3, 32>(a); }
 
 inline void launch_integer_attention(PrefillAttentionArgs args, KvStore form, Stream &stream) {
-  const int width = args.base.kv.width;
-  const bool narrow = width <= 128, int8 = form == KvStore::int8;
-  args.query_units = (width + 31) / 32 * 2;
+  const bool narrow = args.base.kv.width <= 128, int8 = form == KvStore::int8;
+  args.query_units = (args.base.kv.width + 31) / 32 * 2;
   args.query_bytes = kAttendWaves * args.query_units * 256;
-  args.stage_bytes = std::max(kChunk * width, kBlockOfKv * kValueElements);
   const int stages = int8 ? Way<KvStore::int8>::kStages : Way<KvStore::rotor3>::kStages;
-  const size_t shared = 4 * kPrefillRows + 2 * kScaleBytes + args.query_bytes + (size_t)stages * args.stage_bytes;
+  const size_t shared = 4 * kPrefillRows + 2 * kScaleBytes + args.query_bytes + (size_t)stages * kStageBytes;
   void (*kernel)(PrefillAttentionArgs) = int8 ? narrow ? halo_prefill_int8 : halo_prefill_int8_256
                                               : narrow ? halo_prefill_rotor3 : halo_prefill_rotor3_256;
   launch(kernel, {args.tile_count, args.base.kv.kv_heads}, kAttendThreads, shared, stream, args);

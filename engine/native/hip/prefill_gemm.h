@@ -75,17 +75,17 @@ GPU_DEVICE int target(int i) {
   return S::at(at / S::kUnits / S::kTokens, at / S::kUnits % S::kTokens, at % S::kUnits);
 }
 
-// Send a stage on its way. `parts`: of all columns; the last stage may have fewer than the others.
+// Send a stage on its way. `parts`: of all columns; beyond them it does not matter what comes, as long as it can be read.
 template <class S>
 GPU_DEVICE void fetch(Activations<S> &x, int stage, int parts) {
   GPU_UNROLL
   for (int i = 0; i < S::kCopies; ++i) {
     const int part = stage * 2 * S::kSplit + (thread_id() + i * kThreads) / S::kUnits / S::kTokens;
-    const int8_t *from = x.q + x.offset[i] + (size_t)stage * 2 * S::kSplit * S::kPart;
+    const uint32_t offset = part < parts ? x.offset[i] + (uint32_t)stage * 2 * S::kSplit * S::kPart : 0;
 #if defined(HALO_MMA_SYNC)
-    if (part < parts) mma::copy16(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i), from);
+    if (part < parts) mma::copy16(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i), x.q + offset);
 #else
-    if (part < parts) x.coming[i] = *(const uint4 *)from;
+    x.coming[i] = *(const uint4 *)(x.q + offset);
 #endif
   }
 #if defined(HALO_MMA_SYNC)
@@ -361,7 +361,7 @@ GPU_DEVICE void put_results(const GemmArgs &a, const Results<S> &r, int token, i
 // The sums of the waves that share a rectangle, into the first of them.
 template <class S>
 GPU_DEVICE void add_split(Results<S> &r, int share) {
-  const int kCount = S::kWaveTokens * S::kWaveRows / kWave, own = wave_id() % (S::kAcross * S::kDown);
+  const int kCount = S::kWaveTokens * S::kWaveRows / kWave, own = mma::own_wave() % (S::kAcross * S::kDown);
   int *shared = (int *)shared_memory() + own * kCount * kWave + lane_id(), *sums = (int *)&r;
   const int others = S::kAcross * S::kDown * kCount * kWave;
   static_assert((S::kSplit - 1) * S::kTokens * S::kRows * 4 <= kStages * S::kStageBytes, "the sums fit the stages");
@@ -381,7 +381,7 @@ GPU_DEVICE void add_split(Results<S> &r, int share) {
 // Grid: rectangles of tokens, of rows.
 template <class S>
 GPU_DEVICE void gemm(const GemmArgs &a) {
-  const int share = wave_id() / (S::kAcross * S::kDown), place = wave_id() % (S::kAcross * S::kDown);
+  const int share = mma::own_wave() / (S::kAcross * S::kDown), place = mma::own_wave() % (S::kAcross * S::kDown);
   const int token = place / S::kAcross * S::kWaveTokens;  // in the block
   const int row = block_y() * S::kRows + place % S::kAcross * S::kWaveRows, first_token = block_id() * S::kTokens;
   const int pairs = 2 * a.steps, stages = (pairs + S::kSplit - 1) / S::kSplit;
@@ -425,10 +425,15 @@ using Middle = GemmShape<kPacking, 128, 128, 64, 32>;
 template <Packing kPacking>
 using Narrow = GemmShape<kPacking, 32, 64, 32, 32>;
 
+#if defined(__HIP__)
+const bool kHasWide = false;  // a wave's 64 x 64 results and what they want beside are more than gfx11's 256 registers
+#else
+const bool kHasWide = true;
 GPU_KERNEL(kThreads) halo_gemm_wide_2(GemmArgs a) { gemm<Wide<Packing::two_bits>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_wide_3(GemmArgs a) { gemm<Wide<Packing::base_three>>(a); }
+#endif
 GPU_KERNEL(kThreads) halo_gemm_middle_2(GemmArgs a) { gemm<Middle<Packing::two_bits>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_narrow_2(GemmArgs a) { gemm<Narrow<Packing::two_bits>>(a); }
-GPU_KERNEL(kThreads) halo_gemm_wide_3(GemmArgs a) { gemm<Wide<Packing::base_three>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_middle_3(GemmArgs a) { gemm<Middle<Packing::base_three>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_narrow_3(GemmArgs a) { gemm<Narrow<Packing::base_three>>(a); }
 
@@ -443,29 +448,38 @@ GemmKernel gemm_kernel(void (*kernel)(GemmArgs)) {
   return {kernel, S::kTokens, S::kRows, (size_t)kStages * S::kStageBytes};
 }
 
+// Shape 0, 1 or 2: wide, middle, narrow.
+inline GemmKernel gemm_shape(int shape, Packing packing) {
+  const bool two = packing == Packing::two_bits;
+#if !defined(__HIP__)
+  if (shape == 0)
+    return two ? gemm_kernel<Wide<Packing::two_bits>>(halo_gemm_wide_2)
+               : gemm_kernel<Wide<Packing::base_three>>(halo_gemm_wide_3);
+#endif
+  if (shape < 2)
+    return two ? gemm_kernel<Middle<Packing::two_bits>>(halo_gemm_middle_2)
+               : gemm_kernel<Middle<Packing::base_three>>(halo_gemm_middle_3);
+  return two ? gemm_kernel<Narrow<Packing::two_bits>>(halo_gemm_narrow_2)
+             : gemm_kernel<Narrow<Packing::base_three>>(halo_gemm_narrow_3);
+}
+
+inline Grid gemm_grid(const GemmKernel &k, const GemmArgs &a) {
+  return {(a.tokens + k.tokens - 1) / k.tokens, (a.rows + k.rows - 1) / k.rows};
+}
+
 // The largest rectangles of which there are enough to fill the device. `forced`: that shape (tests), or -1.
 inline void launch_gemm_kernel(const GemmArgs &a, Packing packing, int multiprocessors, int forced, Stream &stream) {
-  const bool two = packing == Packing::two_bits;
-  const GemmKernel all[3] = {
-      two ? gemm_kernel<Wide<Packing::two_bits>>(halo_gemm_wide_2)
-          : gemm_kernel<Wide<Packing::base_three>>(halo_gemm_wide_3),
-      two ? gemm_kernel<Middle<Packing::two_bits>>(halo_gemm_middle_2)
-          : gemm_kernel<Middle<Packing::base_three>>(halo_gemm_middle_3),
-      two ? gemm_kernel<Narrow<Packing::two_bits>>(halo_gemm_narrow_2)
-          : gemm_kernel<Narrow<Packing::base_three>>(halo_gemm_narrow_3)};
-  auto blocks = [&](int i) {
-    return (long long)((a.tokens + all[i].tokens - 1) / all[i].tokens) * ((a.rows + all[i].rows - 1) / all[i].rows);
+  auto blocks = [&](int shape) {
+    const Grid grid = gemm_grid(gemm_shape(shape, packing), a);
+    return (long long)grid.x * grid.y;
   };
-  int chosen = forced >= 0 ? forced : 0;
-  if (forced < 0) {
-#if defined(__HIP__)
-    chosen = 1;  // a wave's 64 x 64 results leave gfx11 too few waves to hide the memory behind
-#endif
-    if (chosen == 0 && blocks(0) < 2 * multiprocessors) chosen = 1;
-    if (chosen == 1 && (a.tokens <= 64 || 2 * blocks(1) < multiprocessors)) chosen = 2;
+  int shape = forced;
+  if (shape < 0) {
+    shape = kHasWide && blocks(0) >= 2 * multiprocessors ? 0 : 1;
+    if (shape == 1 && (a.tokens <= 64 || 2 * blocks(1) < multiprocessors)) shape = 2;
   }
-  const GemmKernel &k = all[chosen];
-  launch(k.kernel, {(a.tokens + k.tokens - 1) / k.tokens, (a.rows + k.rows - 1) / k.rows}, kThreads, k.shared, stream, a);
+  const GemmKernel k = gemm_shape(shape, packing);
+  launch(k.kernel, gemm_grid(k, a), kThreads, k.shared, stream, a);
 }
 
 }  // namespace prefill

@@ -29,7 +29,7 @@ struct PrefillAttentionArgs {
   AttentionArgs base;        // slots, positions, append and what is for decoding alone are not read
   const PrefillTile *tiles;  // read by the device
   int tile_count;
-  int query_units, query_bytes, stage_bytes;  // set by the launch
+  int query_units, query_bytes;  // set by the launch
 };
 
 const int kPrefillRows = 64;       // queries of a tile: its tokens times the query heads of a KV head
