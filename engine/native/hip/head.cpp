@@ -13,9 +13,7 @@ namespace halo {
 namespace {
 
 const size_t kPiece = (size_t)4 << 20;  // of the file that is on its way to the device
-// Blocks on a multiprocessor: as many as fit there at once, where they repeat work. kManyBlocks: of several tokens, which
-// fill its shared memory.
-const int kCoarseBlocks = 4, kManyBlocks = 2, kExactBlocks = 2;
+const int kCoarseBlocks = 2, kExactBlocks = 2, kLogitsBlocks = 4;  // on a multiprocessor: about what fits there at once
 
 int blocks_for(int rows, int each, int on_one) {
   return std::max(1, std::min((rows + each - 1) / each, device().multiprocessors * on_one));
@@ -100,6 +98,7 @@ GpuHead::GpuHead(const HeadWeights &weights, int most, uint32_t *status)
       most_(most),
       row_(round_up(weights.hidden, 16)),
       rows_(weights.tile_count * 8),
+      coarse_blocks_(blocks_for(rows_, 128, kCoarseBlocks)),
       exact_blocks_(blocks_for(rows_, 128, kExactBlocks)),
       pass_(largest_pass({16, 8}, head_coarse_shared, weights.hidden)),
       logits_pass_(largest_pass({8, 4}, head_logits_shared, weights.hidden)),
@@ -110,7 +109,7 @@ GpuHead::GpuHead(const HeadWeights &weights, int most, uint32_t *status)
     upper_ = cut.take<float>((size_t)kHeadAtOnce * rows_);
     parts_ = cut.take<int8_t>((size_t)kHeadAtOnce * 2 * weights_.steps * kHeadStepCols);
     tokens_ = cut.take<HeadToken>(kHeadAtOnce);
-    best_ = cut.take<HeadBest>((size_t)kHeadAtOnce * coarse_blocks(1));
+    best_ = cut.take<HeadBest>((size_t)kHeadAtOnce * coarse_blocks_);
     search_ = cut.take<HeadSearch>(kHeadAtOnce);
     counts_ = cut.take<int32_t>((size_t)kHeadAtOnce * exact_blocks_);
     some_ids_ = cut.take<int32_t>((size_t)kHeadAtOnce * weights_.vocab);
@@ -120,8 +119,6 @@ GpuHead::GpuHead(const HeadWeights &weights, int most, uint32_t *status)
   memory_ = DeviceBytes(cut(nullptr), "the output head's working memory");
   cut(memory_.as());
 }
-
-int GpuHead::coarse_blocks(int count) const { return blocks_for(rows_, 128, count > 1 ? kManyBlocks : kCoarseBlocks); }
 
 void GpuHead::check(int count, int most) const {
   if (count < 1 || count > most)
@@ -147,7 +144,6 @@ HeadNormArgs GpuHead::norm_args(const Wanted &wanted, int first) const {
 
 // The bounds of `count` tokens from `first` on, at most kHeadAtOnce: in passes of as many as a block can hold.
 void GpuHead::put_coarse(const Wanted &wanted, int first, int count, const float *noise, Stream &stream) {
-  const int blocks = coarse_blocks(count);
   HeadCoarseArgs args = {};
   args.tiles = weights_.tiles();
   args.facts = weights_.facts();
@@ -161,14 +157,14 @@ void GpuHead::put_coarse(const Wanted &wanted, int first, int count, const float
     args.tokens = tokens_ + t;
     args.noise = noise ? noise + (size_t)t * weights_.vocab : nullptr;
     args.upper = upper_ + (size_t)t * rows_;
-    args.best = best_ + (size_t)t * blocks;
-    launch_head_coarse(args, blocks, stream);
+    args.best = best_ + (size_t)t * coarse_blocks_;
+    launch_head_coarse(args, coarse_blocks_, stream);
   }
 }
 
-HeadExactArgs GpuHead::exact_args(int first, int count, const float *noise, int32_t *ids, int32_t *found) const {
+HeadExactArgs GpuHead::exact_args(int first, const float *noise, int32_t *ids, int32_t *found) const {
   return {weights_.rows, kept_ + (size_t)first * row_, row_, weights_.hidden, weights_.vocab, rows_, upper_, best_,
-          coarse_blocks(count), noise, search_, ids, found, status_};
+          coarse_blocks_, noise, search_, ids, found, status_};
 }
 
 void GpuHead::put_argmax(const float *x, int stride, const int32_t *wanted, int count, int32_t *ids, Stream &stream) {
@@ -176,7 +172,7 @@ void GpuHead::put_argmax(const float *x, int stride, const int32_t *wanted, int 
   for (int first = 0; first < count; first += kHeadAtOnce) {
     const int some = std::min(kHeadAtOnce, count - first);
     put_coarse({x, stride, wanted, count}, first, some, nullptr, stream);
-    launch_head_exact(exact_args(first, some, nullptr, ids + first, nullptr), some, exact_blocks_, stream);
+    launch_head_exact(exact_args(first, nullptr, ids + first, nullptr), some, exact_blocks_, stream);
   }
 }
 
@@ -189,7 +185,7 @@ void GpuHead::put_draw(const float *x, int stride, const int32_t *wanted, int co
     const int some = std::min(kHeadAtOnce, count - first);
     const float *noise = draw.noise + (size_t)first * weights_.vocab;
     put_coarse({x, stride, wanted, count}, first, some, noise, stream);
-    const HeadExactArgs exact = exact_args(first, some, noise, draw.winners + first, draw.found + first);
+    const HeadExactArgs exact = exact_args(first, noise, draw.winners + first, draw.found + first);
     launch_head_exact(exact, some, exact_blocks_, stream);
     if (!draw.room) continue;
     HeadNearArgs near = {exact, draw.depth, room, counts_, some_ids_, some_logits_, draw.found + first,
@@ -217,7 +213,7 @@ void GpuHead::put_some_logits(int first, int count, float *logits, Stream &strea
     args.count = std::min(count - t, logits_pass_);
     args.kept = kept_ + (size_t)(first + t) * row_;
     args.logits = logits + (size_t)t * weights_.vocab;
-    launch_head_logits(args, blocks_for(rows_, 128, kCoarseBlocks), stream);
+    launch_head_logits(args, blocks_for(rows_, 128, kLogitsBlocks), stream);
   }
 }
 

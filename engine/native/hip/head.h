@@ -73,13 +73,12 @@ class GpuHead {
 
   HeadNormArgs norm_args(const Wanted &wanted, int first) const;
   void put_coarse(const Wanted &wanted, int first, int count, const float *noise, Stream &stream);
-  int coarse_blocks(int count) const;
-  HeadExactArgs exact_args(int first, int count, const float *noise, int32_t *ids, int32_t *found) const;
+  HeadExactArgs exact_args(int first, const float *noise, int32_t *ids, int32_t *found) const;
   void put_some_logits(int first, int count, float *logits, Stream &stream);
   void check(int count, int most) const;
 
   const HeadWeights &weights_;
-  const int most_, row_, rows_, exact_blocks_;
+  const int most_, row_, rows_, coarse_blocks_, exact_blocks_;
   int pass_, logits_pass_;  // tokens that a pass may take: what fits into a block's shared memory
   uint32_t *status_;
   DeviceBytes memory_;

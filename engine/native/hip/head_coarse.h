@@ -116,6 +116,21 @@ GPU_DEVICE void head_report(const HeadCoarseArgs &a, HeadBest *found) {
 
 // ---- one token ----
 
+const int kHeadTiles = 64;  // whose sums a block holds at once
+
+// A wave's share of the steps of the first kHeadTiles tiles of a range.
+struct HeadSteps {
+  size_t begin;       // of all steps
+  int tile, in_tile;  // where the first one is: its tile of the range, its number there
+  int count;
+};
+GPU_DEVICE HeadSteps head_steps(int tile, int last, int steps) {
+  if (tile >= last) return {0, 0, 0, 0};
+  const long long all = (long long)(last - tile < kHeadTiles ? last - tile : kHeadTiles) * steps;
+  const int first = (int)(all * wave_id() / kHeadWaves), end = (int)(all * (wave_id() + 1) / kHeadWaves);
+  return {(size_t)tile * steps + first, first / steps, first % steps, end - first};
+}
+
 // Lane l has row l % 8 and part l / 8 of each step; its 64 columns of high and low lie at x.
 GPU_DEVICE void head_step(const HeadLevels &w, const uint8_t *x, int &high, int &low) {
   GPU_UNROLL
@@ -130,20 +145,25 @@ GPU_DEVICE void head_step(const HeadLevels &w, const uint8_t *x, int &high, int 
   }
 }
 
-// One step of the wave's stream is always on its way.
+// The waves of a block share the steps of its tiles, up to kHeadTiles of them at once: one stream of memory for each
+// wave, of which two steps are always on their way. The rows' integer sums meet in shared memory, where the order does
+// not matter.
 GPU_KERNEL(kHeadThreads) halo_head_coarse_1(HeadCoarseArgs a) {
+  const int kRowsOfThread = kHeadTiles * 8 / kHeadThreads;
   let_next_start();
   const HeadRoom<1> room = HeadRoom<1>::of(shared_memory());
+  int *sums = (int *)(room.x + (size_t)4 * a.own.steps * HeadChunk<1>::kBytes);  // [row][high, low]
+  float *row_of_x = (float *)(sums + 2 * 8 * kHeadTiles);
   const int steps = a.own.steps, part = lane_id() / 8;
-  const HeadStream own = head_stream(a.tile_count);
-  const uint4 *p = a.tiles + (size_t)own.first * steps * kHeadStepWords + lane_id();
-  const uint4 *end = a.tiles + (size_t)own.last * steps * kHeadStepWords;
-  HeadLevels next = {};
-  if (p < end) head_load(p, next);
-  const uint8_t *soon = (const uint8_t *)(p - lane_id() + kHeadStepWords) + 128 * lane_id();
-  if (soon < (const uint8_t *)end) head_prefetch(soon);
+  const int first = (int)((long long)a.tile_count * block_id() / block_count());
+  const int last = (int)((long long)a.tile_count * (block_id() + 1) / block_count());
+  HeadSteps own = head_steps(first, last, steps);
+  const uint4 *p = a.tiles + own.begin * kHeadStepWords;
+  HeadLevels next = {}, second = {};
+  if (own.count > 0) head_load(p + lane_id(), next);
+  if (own.count > 1) head_load(p + kHeadStepWords + lane_id(), second);
+  if (lane_id() < 12 * (own.count - 2)) head_prefetch((const uint8_t *)(p + 2 * kHeadStepWords) + 128 * lane_id());
   wait_for_previous();
-  float *row_of_x = (float *)(room.x + (size_t)4 * steps * HeadChunk<1>::kBytes);
   const auto store = [&](int i, uint32_t high, uint32_t low) {
     uint32_t *at = (uint32_t *)(room.x + (size_t)(i / 16) * HeadChunk<1>::kBytes) + i % 16;
     at[0] = high;
@@ -151,21 +171,41 @@ GPU_KERNEL(kHeadThreads) halo_head_coarse_1(HeadCoarseArgs a) {
   };
   const HeadToken token = head_normed(a.own, 0, block_id() == 0, row_of_x, room.scratch, store);
   HeadBest best = head_nothing();
-  for (int tile = own.first; tile < own.last; ++tile) {
-    const int row = tile * 8 + lane_id() % 8;
-    const uint4 facts = a.facts[row];
-    int high = 0, low = 0;
-    for (int s = 0; s < steps; ++s) {
-      const HeadLevels now = next;
-      p += kHeadStepWords;
-      if (p < end) head_load(p, next);
-      head_step(now, room.x + (size_t)(4 * s + part) * HeadChunk<1>::kBytes, high, low);
+  for (int tile = first; tile < last; tile += kHeadTiles) {
+    const int rows = 8 * (last - tile < kHeadTiles ? last - tile : kHeadTiles);
+    uint4 facts[kRowsOfThread] = {};
+    GPU_UNROLL
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const int row = thread_id() + i * kHeadThreads;
+      if (row < rows) facts[i] = a.facts[8 * tile + row];
+      sums[2 * row] = 0, sums[2 * row + 1] = 0;
     }
-    high += shuffle_xor(high, 8), low += shuffle_xor(low, 8);
-    high += shuffle_xor(high, 16), low += shuffle_xor(low, 16);
-    if (part == 0 && row < a.vocab) head_bounds(a, token, 0, row, high, low, facts, best);
+    sync_block();
+    const HeadSteps then = head_steps(tile + kHeadTiles, last, steps);
+    int local = own.tile, s = own.in_tile, high = 0, low = 0;
+    for (int i = 1; i <= own.count; ++i) {
+      const HeadLevels now = next;
+      next = second;
+      const int ahead = i + 1 - own.count;  // only the last share can have less than two steps
+      if (ahead < then.count)
+        head_load(a.tiles + (ahead < 0 ? own.begin + i + 1 : then.begin + ahead) * kHeadStepWords + lane_id(), second);
+      head_step(now, room.x + (size_t)(4 * s + part) * HeadChunk<1>::kBytes, high, low);
+      if (++s < steps && i < own.count) continue;
+      high += shuffle_xor(high, 8), low += shuffle_xor(low, 8);
+      high += shuffle_xor(high, 16), low += shuffle_xor(low, 16);
+      if (part < 2) atomic_add(&sums[2 * (8 * local + lane_id() % 8) + part], part ? low : high);
+      ++local;
+      s = high = low = 0;
+    }
+    sync_block();
+    GPU_UNROLL
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const int in = thread_id() + i * kHeadThreads, row = 8 * tile + in;
+      if (in < rows && row < a.vocab) head_bounds(a, token, 0, row, sums[2 * in], sums[2 * in + 1], facts[i], best);
+    }
+    own = then;
   }
-  for (int mask = 1; mask < 8; mask *= 2) head_better(best, head_other(best, mask));
+  for (int mask = 1; mask < kWave; mask *= 2) head_better(best, head_other(best, mask));
   if (lane_id() == 0) room.found[wave_id()] = best;
   head_report<1>(a, room.found);
 }

@@ -22,7 +22,7 @@ size_t head_coarse_shared(int n, int tokens) {
   const size_t fixed = kHeadScratch + tokens * sizeof(HeadToken) + found;
   const size_t chunk =
       tokens == 1 ? HeadChunk<1>::kBytes : tokens == 8 ? HeadChunk<8>::kBytes : HeadChunk<16>::kBytes;
-  return fixed + 4 * steps * chunk + (tokens == 1 ? head_row_bytes(n) : 0);
+  return fixed + 4 * steps * chunk + (tokens == 1 ? 2 * 8 * kHeadTiles * sizeof(int) + head_row_bytes(n) : 0);
 }
 
 size_t head_exact_shared(int n) { return (sizeof(HeadShared) + 15) / 16 * 16 + head_row_bytes(n); }
