@@ -89,11 +89,25 @@ struct RowFacts {
 };
 
 // 1 / sqrt(mean(x^2) + eps) of a row of `filled` floats in shared memory, of which n count (the rest are 0). The first
-// wave works, its halves alike; the block meets once, so that `result` (shared) may be read.
+// wave works, its halves alike; the block meets once, so that `result` (shared) may be read. Each lane's chain of fused
+// operations is what this takes, so the next 16 elements are read while it works.
 GPU_DEVICE void inverse_rms(const float *row, int n, int filled, float eps, float *result) {
-  if (wave_id() == 0) {  // a whole wave, since all of it must meet in add_lanes
-    float sum = 0.0f;
-    for (int i = thread_id() % 16; i < filled; i += 16) sum = fused(row[i], row[i], sum);
+  if (wave_id() == 0) {
+    const int kAtOnce = 16;
+    const float *own = row + lane_id() % 16;
+    const int steps = filled / 16;
+    float sum = 0.0f, next[kAtOnce];
+    GPU_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) next[k] = k < steps ? own[16 * k] : 0.0f;
+    for (int i = 0; i < steps; i += kAtOnce) {
+      float now[kAtOnce];
+      GPU_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) now[k] = next[k];
+      GPU_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) next[k] = i + kAtOnce + k < steps ? own[16 * (i + kAtOnce + k)] : 0.0f;
+      GPU_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) sum = fused(now[k], now[k], sum);  // a zero adds nothing
+    }
     sum = add_lanes(sum);
     if (thread_id() == 0) *result = 1.0f / root(sum / (float)n + eps);
   }

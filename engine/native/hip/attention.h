@@ -9,88 +9,160 @@ namespace halo {
 
 // What one block of threads holds in shared memory. Queries as the form wants them: int8 [group][width] or float.
 struct AttentionRoom {
-  uint32_t *scratch;  // kScratchBytes
-  float *raw;         // [max(group, 2)][width]: queries, or the new key and value, as floats
-  int8_t *q8;         // [group][width]
-  float *q_scales;    // [group]
-  float *scores;      // [group][256]
+  uint32_t *scratch;
+  float *raw;       // [group + 2][width]: queries, the new key, the new value, as floats
+  float *scores;    // [group][256]
+  int *sums;        // [group][width]
+  float *q_scales;  // [group]
   float *tops, *totals, *units;  // [group]
+  float *new_scales;             // of the new key and value
+  float *key_scales, *value_scales;  // [256]
+  int8_t *q8;                    // [group][width]
   uint8_t *high, *low;           // [group][256]: bytes of the weights
-  int *sums;                     // [group][width]
+  uint8_t *codes;                // [2][width]: the new key's and value's
 };
+
+// Floats, then bytes.
+inline size_t attention_shared(int group, int width) {
+  return 256 + (size_t)4 * ((group + 2) * width + group * kBlockOfKv + group * width + 4 * kMostGroup + 4 + 2 * kBlockOfKv) +
+         (size_t)group * width + 2 * group * kBlockOfKv + 2 * width;
+}
 
 GPU_DEVICE AttentionRoom attention_room(uint8_t *shared, int group, int width) {
   AttentionRoom r;
-  const int rows = group > 2 ? group : 2;
   r.scratch = (uint32_t *)shared;
   r.raw = (float *)(shared + 256);
-  r.scores = r.raw + rows * width;
+  r.scores = r.raw + (group + 2) * width;
   r.sums = (int *)(r.scores + group * kBlockOfKv);
   r.q_scales = (float *)(r.sums + group * width);
   r.tops = r.q_scales + kMostGroup;
   r.totals = r.tops + kMostGroup;
   r.units = r.totals + kMostGroup;
-  r.q8 = (int8_t *)(r.units + kMostGroup);
+  r.new_scales = r.units + kMostGroup;
+  r.key_scales = r.new_scales + 4;
+  r.value_scales = r.key_scales + kBlockOfKv;
+  r.q8 = (int8_t *)(r.value_scales + kBlockOfKv);
   r.high = (uint8_t *)r.q8 + group * width;
   r.low = r.high + group * kBlockOfKv;
+  r.codes = r.low + group * kBlockOfKv;
   return r;
 }
 
-inline size_t attention_shared(int group, int width) {
-  const int rows = group > 2 ? group : 2;
-  return 256 + (size_t)4 * (rows * width + group * kBlockOfKv + group * width + 4 * kMostGroup) + group * width +
-         2 * group * kBlockOfKv;
+const int kFetched = 8;  // chunks of keys, and of values, that a thread fetches before it knows its queries
+
+// What a thread has of the cache in registers, on its way from the start: the key of its position, and the values of its
+// element at every other (or every) chunk of positions.
+struct Fetched {
+  uint4 keys[kFetched], values[kFetched];
+};
+
+// Threads that share an element's positions.
+GPU_DEVICE int value_parts(int width) { return kThreads / width > 1 ? kThreads / width : 1; }
+
+template <KvStore kForm>
+GPU_DEVICE bool fits_registers(int width) {
+  const int parts = value_parts(width);
+  return kForm != KvStore::f16 && width / 16 <= kFetched && parts * width <= kThreads &&
+         (kBlockOfKv / 16 + parts - 1) / parts <= kFetched;
+}
+
+// `limit` positions of the block, of which the last may not be in the cache yet: its bytes are put in by patch().
+template <KvStore kForm>
+GPU_DEVICE void fetch(Fetched &f, const KvHead &kv, int width, int block, int limit) {
+  const int j = thread_id(), parts = value_parts(width), d = j % width, part = j / width;
+  GPU_UNROLL
+  for (int c = 0; c < kFetched; ++c)
+    if (j < limit && c < width / 16) f.keys[c] = kv_key_chunk<kForm>(kv, width, block * kBlockOfKv + j, c);
+  GPU_UNROLL
+  for (int c = 0; c < kFetched; ++c)
+    if (part < parts && 16 * (part + parts * c) < limit)
+      f.values[c] = kv_value_chunk<kForm>(kv, width, block * kBlockOfKv + 16 * (part + parts * c), d);
+}
+
+GPU_DEVICE void set_byte(uint4 &w, int i, uint32_t byte) {
+  const uint32_t mask = 0xffu << 8 * (i % 4), value = byte << 8 * (i % 4);
+  if (i / 4 == 0) w.x = (w.x & ~mask) | value;
+  if (i / 4 == 1) w.y = (w.y & ~mask) | value;
+  if (i / 4 == 2) w.z = (w.z & ~mask) | value;
+  if (i / 4 == 3) w.w = (w.w & ~mask) | value;
+}
+
+// The new position (the block's number `last`) into what was fetched before it was written.
+GPU_DEVICE void patch(Fetched &f, const AttentionRoom &r, int width, int last) {
+  const int j = thread_id(), parts = value_parts(width), d = j % width, part = j / width;
+  if (j == last)
+    GPU_UNROLL
+    for (int c = 0; c < kFetched; ++c)
+      if (c < width / 16) f.keys[c] = ((const uint4 *)r.codes)[c];
+  GPU_UNROLL
+  for (int c = 0; c < kFetched; ++c)
+    if (part < parts && part + parts * c == last / 16) set_byte(f.values[c], last % 16, r.codes[width + d]);
 }
 
 // Scores of this block's positions: a thread a position, all query heads of the group, four at a time.
-template <KvStore kForm>
-GPU_DEVICE void block_scores(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, int block, int limit,
-                             int group) {
+GPU_DEVICE void float_scores(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, int block, int limit, int group) {
   const int width = a.kv.width;
-  for (int j = thread_id(); j < limit; j += kThreads) {
-    const int position = block * kBlockOfKv + j;
+  for (int j = thread_id(); j < limit; j += kThreads)
     for (int first = 0; first < group; first += 4) {
       const int some = group - first < 4 ? group - first : 4;
-      if (kForm == KvStore::f16) {
-        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int d = 0; d < width; d += 8) {
-          uint4 eight = kv_key_chunk<kForm>(kv, width, position, d / 8);
-          GPU_UNROLL
-          for (int e = 0; e < 8; ++e) {
-            float k = half_of(word_at(eight, e / 2) >> 16 * (e % 2));
-            if (d + e < a.kv.head_dim)
-              for (int g = 0; g < 4; ++g)
-                if (g < some) sum[g] = fused(r.raw[(first + g) * width + d + e], k, sum[g]);
-          }
-        }
-        for (int g = 0; g < some; ++g) r.scores[(first + g) * kBlockOfKv + j] = sum[g];
-        continue;
-      }
-      int sum[4] = {0, 0, 0, 0};
-      for (int d = 0; d < width; d += 16) {
-        uint4 sixteen = kv_key_chunk<kForm>(kv, width, position, d / 16);
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int d = 0; d < width; d += 8) {
+        uint4 eight = kv_key_chunk<KvStore::f16>(kv, width, block * kBlockOfKv + j, d / 8);
         GPU_UNROLL
-        for (int g = 0; g < 4; ++g) {
-          if (g < some) {
-            uint4 q = *(const uint4 *)(r.q8 + (first + g) * width + d);
-            sum[g] = dot4_ss(sixteen.x, q.x, sum[g]);
-            sum[g] = dot4_ss(sixteen.y, q.y, sum[g]);
-            sum[g] = dot4_ss(sixteen.z, q.z, sum[g]);
-            sum[g] = dot4_ss(sixteen.w, q.w, sum[g]);
-          }
+        for (int e = 0; e < 8; ++e) {
+          float k = half_of(word_at(eight, e / 2) >> 16 * (e % 2));
+          if (d + e < a.kv.head_dim)
+            GPU_UNROLL
+            for (int g = 0; g < 4; ++g)
+              if (g < some) sum[g] = fused(r.raw[(first + g) * width + d + e], k, sum[g]);
         }
       }
-      const float scale = kv.key_scales[position];
-      for (int g = 0; g < some; ++g)
-        r.scores[(first + g) * kBlockOfKv + j] = (float)sum[g] * scale * r.q_scales[first + g];
+      GPU_UNROLL
+      for (int g = 0; g < 4; ++g)
+        if (g < some) r.scores[(first + g) * kBlockOfKv + j] = sum[g];
+    }
+}
+
+GPU_DEVICE void add_key_chunk(int (&sum)[4], const uint4 &k, const int8_t *q8, int width, int some) {
+  GPU_UNROLL
+  for (int g = 0; g < 4; ++g) {
+    if (g < some) {
+      uint4 q = *(const uint4 *)(q8 + g * width);
+      sum[g] = dot4_ss(k.x, q.x, sum[g]);
+      sum[g] = dot4_ss(k.y, q.y, sum[g]);
+      sum[g] = dot4_ss(k.z, q.z, sum[g]);
+      sum[g] = dot4_ss(k.w, q.w, sum[g]);
     }
   }
+}
+
+template <KvStore kForm>
+GPU_DEVICE void whole_scores(const AttentionRoom &r, const KvHead &kv, const Fetched &f, bool fetched, int width, int block,
+                             int limit, int group) {
+  for (int j = thread_id(); j < limit; j += kThreads)
+    for (int first = 0; first < group; first += 4) {
+      const int some = group - first < 4 ? group - first : 4;
+      const int8_t *q8 = r.q8 + first * width;
+      int sum[4] = {0, 0, 0, 0};
+      if (fetched) {
+        GPU_UNROLL
+        for (int c = 0; c < kFetched; ++c)
+          if (c < width / 16) add_key_chunk(sum, f.keys[c], q8 + 16 * c, width, some);
+      } else {
+        for (int c = 0; c < width / 16; ++c)
+          add_key_chunk(sum, kv_key_chunk<kForm>(kv, width, block * kBlockOfKv + j, c), q8 + 16 * c, width, some);
+      }
+      const float scale = r.key_scales[j];
+      GPU_UNROLL
+      for (int g = 0; g < 4; ++g)
+        if (g < some) r.scores[(first + g) * kBlockOfKv + j] = (float)sum[g] * scale * r.q_scales[first + g];
+    }
 }
 
 // Scores to weights, a wave a head: their largest score, their sum in 16 lanes, and of the integer forms the bytes of the
 // weights in 15 bits of their largest.
 template <KvStore kForm>
-GPU_DEVICE void block_weights(const AttentionRoom &r, const KvHead &kv, int block, int limit, int group) {
+GPU_DEVICE void block_weights(const AttentionRoom &r, int limit, int group) {
   const int lane = lane_id();
   for (int g = wave_id(); g < group; g += kThreads / kWave) {
     float *scores = r.scores + g * kBlockOfKv;
@@ -108,7 +180,7 @@ GPU_DEVICE void block_weights(const AttentionRoom &r, const KvHead &kv, int bloc
     if (lane == 0) r.tops[g] = top, r.totals[g] = sum;
     if (kForm == KvStore::f16) continue;
     float most = 1e-30f;
-    const float *scales = kv.value_scales + block * kBlockOfKv;
+    const float *scales = r.value_scales;
     for (int j = lane; j < limit; j += kWave) {
       float w = scores[j] * scales[j];
       most = w > most ? w : most;
@@ -127,53 +199,58 @@ GPU_DEVICE void block_weights(const AttentionRoom &r, const KvHead &kv, int bloc
   }
 }
 
-// Sums of weight * value to `out` [group][width]: floats.
-template <KvStore kForm>
-GPU_DEVICE void block_values(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, int block, int limit,
-                             int group, float *out, int out_row) {
-  const int width = a.kv.width;
-  if (kForm == KvStore::f16) {
-    for (int i = thread_id(); i < group * width; i += kThreads) {
-      const int g = i / width, d = i % width;
-      float sum = 0.0f;
-      for (int j = 0; j < limit; j += 8) {
-        uint4 eight = kv_value_chunk<kForm>(kv, width, block * kBlockOfKv + j, d);
-        GPU_UNROLL
-        for (int e = 0; e < 8; ++e)
-          if (j + e < limit)
-            sum = fused(r.scores[g * kBlockOfKv + j + e], half_of(word_at(eight, e / 2) >> 16 * (e % 2)), sum);
-      }
-      out[g * out_row + d] = sum;
+// Sums of weight * value to `out` [group][out_row]: floats.
+GPU_DEVICE void float_values(const AttentionRoom &r, const KvHead &kv, int width, int block, int limit, int group, float *out,
+                             int out_row) {
+  for (int i = thread_id(); i < group * width; i += kThreads) {
+    const int g = i / width, d = i % width;
+    float sum = 0.0f;
+    for (int j = 0; j < limit; j += 8) {
+      uint4 eight = kv_value_chunk<KvStore::f16>(kv, width, block * kBlockOfKv + j, d);
+      GPU_UNROLL
+      for (int e = 0; e < 8; ++e)
+        if (j + e < limit)
+          sum = fused(r.scores[g * kBlockOfKv + j + e], half_of(word_at(eight, e / 2) >> 16 * (e % 2)), sum);
     }
-    sync_block();
-    return;
+    out[g * out_row + d] = sum;
   }
-  // Threads share the positions as well as the elements: whole numbers may be added in any order.
-  const int chunks = (limit + 15) / 16;
-  const int parts = kThreads / width > 1 ? kThreads / width : 1;
-  for (int i = thread_id(); i < group * width; i += kThreads) r.sums[i] = 0;
   sync_block();
+}
+
+GPU_DEVICE void add_value_chunk(int (&high)[4], int (&low)[4], const uint4 &v, const AttentionRoom &r, int first, int some,
+                                int chunk) {
+  GPU_UNROLL
+  for (int g = 0; g < 4; ++g) {
+    if (g < some) {
+      uint4 h = ((const uint4 *)(r.high + (first + g) * kBlockOfKv))[chunk];
+      uint4 l = ((const uint4 *)(r.low + (first + g) * kBlockOfKv))[chunk];
+      high[g] = dot4_us(h.x, v.x, dot4_us(h.y, v.y, dot4_us(h.z, v.z, dot4_us(h.w, v.w, high[g]))));
+      low[g] = dot4_us(l.x, v.x, dot4_us(l.y, v.y, dot4_us(l.z, v.z, dot4_us(l.w, v.w, low[g]))));
+    }
+  }
+}
+
+// Threads share the positions as well as the elements: whole numbers may be added in any order.
+template <KvStore kForm>
+GPU_DEVICE void whole_values(const AttentionRoom &r, const KvHead &kv, const Fetched &f, bool fetched, int width, int block,
+                             int limit, int group, float *out, int out_row) {
+  const int chunks = (limit + 15) / 16, parts = value_parts(width);
   for (int i = thread_id(); i < parts * width; i += kThreads) {
     const int d = i % width, part = i / width;
     for (int first = 0; first < group; first += 4) {
       const int some = group - first < 4 ? group - first : 4;
       int high[4] = {0, 0, 0, 0}, low[4] = {0, 0, 0, 0};
-      for (int c = part; c < chunks; c += parts) {
-        uint4 v = kv_value_chunk<kForm>(kv, width, block * kBlockOfKv + 16 * c, d);
+      if (fetched) {
         GPU_UNROLL
-        for (int g = 0; g < 4; ++g) {
-          if (g < some) {
-            uint4 h = ((const uint4 *)(r.high + (first + g) * kBlockOfKv))[c];
-            uint4 l = ((const uint4 *)(r.low + (first + g) * kBlockOfKv))[c];
-            GPU_UNROLL
-            for (int k = 0; k < 4; ++k) {
-              high[g] = dot4_us(word_at(h, k), word_at(v, k), high[g]);
-              low[g] = dot4_us(word_at(l, k), word_at(v, k), low[g]);
-            }
-          }
-        }
+        for (int c = 0; c < kFetched; ++c)
+          if (part + parts * c < chunks) add_value_chunk(high, low, f.values[c], r, first, some, part + parts * c);
+      } else {
+        for (int c = part; c < chunks; c += parts)
+          add_value_chunk(high, low, kv_value_chunk<kForm>(kv, width, block * kBlockOfKv + 16 * c, d), r, first, some, c);
       }
-      for (int g = 0; g < some; ++g) atomic_add(r.sums + (first + g) * width + d, 256 * high[g] + low[g]);
+      GPU_UNROLL
+      for (int g = 0; g < 4; ++g)
+        if (g < some) atomic_add(r.sums + (first + g) * width + d, 256 * high[g] + low[g]);
     }
   }
   sync_block();
@@ -193,7 +270,7 @@ GPU_DEVICE void finish_heads(const AttentionArgs &a, const AttentionRoom &r, flo
     r.raw[i] = sums[i / width * sums_row + i % width] / r.totals[i / width];
   sync_block();
   if (kForm == KvStore::rotor3) {
-    for (int g = 0; g < group; ++g) turn_back<kThreads>(r.raw + g * width, width);
+    turn_back(r.raw, group, width);
     const float shorter = 1.0f / (float)size;
     for (int i = thread_id(); i < group * width; i += kThreads) r.raw[i] = r.raw[i] * shorter;
     sync_block();
@@ -226,6 +303,42 @@ GPU_DEVICE void merge_blocks(const AttentionArgs &a, const AttentionRoom &r, con
   finish_heads<kForm>(a, r, r.scores, width, token, head, group);
 }
 
+// The new token's key and value into the cache, its queries as the form wants them, the block's scales.
+template <KvStore kForm>
+GPU_DEVICE void prepare(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, int token, int head, int group,
+                        int block, int limit, bool writes) {
+  const int width = a.kv.width, size = a.kv.head_dim, position = a.positions[token];
+  float *fresh = r.raw + group * width;
+  take_rotated(a, a.qkv + (size_t)token * a.qkv_stride + head * group * size, group, position, r.raw);
+  if (writes) take_key_and_value(a, token, head, position, fresh);
+  for (int i = thread_id(); i < group * width; i += kThreads) r.sums[i] = 0;
+  if (kForm != KvStore::f16)
+    for (int j = thread_id(); j < limit - writes; j += kThreads) {
+      r.key_scales[j] = kv.key_scales[block * kBlockOfKv + j];
+      r.value_scales[j] = kv.value_scales[block * kBlockOfKv + j];
+    }
+  sync_block();
+  if (kForm == KvStore::f16) {
+    if (writes) put_halves(kv, fresh, width, position);
+    for (int i = thread_id(); i < group * width; i += kThreads) r.raw[i] = r.raw[i] * a.scale;
+    sync_block();
+    return;
+  }
+  if (kForm == KvStore::rotor3) turn(r.raw, group + (writes ? 2 : 0), width);
+  for (int v = wave_id(); v < group + (writes ? 2 : 0); v += kThreads / kWave) {
+    const float *x = r.raw + v * width;
+    if (v < group) {
+      const float scale = quantize_query<kForm>(x, width, size, a.scale, r.q8 + v * width);
+      if (lane_id() == 0) r.q_scales[v] = scale;
+    } else {
+      const int which = v - group;
+      const float scale = put_vector<kForm>(kv, which, x, width, position, r.codes + which * width);
+      if (lane_id() == 0) (which == 0 ? r.key_scales : r.value_scales)[limit - 1] = scale;
+    }
+  }
+  sync_block();
+}
+
 // Grid: blocks of positions, KV heads, tokens.
 template <KvStore kForm>
 GPU_DEVICE void attend(const AttentionArgs &a) {
@@ -237,26 +350,35 @@ GPU_DEVICE void attend(const AttentionArgs &a) {
   if (block >= blocks) return;
   const int group = a.heads / a.kv.kv_heads, width = a.kv.width;
   const int limit = block + 1 < blocks ? kBlockOfKv : position % kBlockOfKv + 1;
+  const bool writes = a.append && block + 1 == blocks, fetched = fits_registers<kForm>(width);
   const AttentionRoom r = attention_room(shared_memory(), group, width);
   const KvHead kv = kv_head(a.kv, slot, a.layer, head, kForm);
-  if (a.append && block + 1 == blocks) {
-    append_token<kForm>(a, kv, token, head, r.raw);
-    fence();
-    sync_block();
+  Fetched f;
+  if (fetched) fetch<kForm>(f, kv, width, block, limit);
+  prepare<kForm>(a, r, kv, token, head, group, block, limit, writes);
+  if (fetched && writes) patch(f, r, width, limit - 1);
+  if (kForm == KvStore::f16) {
+    float_scores(a, r, kv, block, limit, group);
+  } else {
+    whole_scores<kForm>(r, kv, f, fetched, width, block, limit, group);
   }
-  prepare_queries<kForm>(a, token, head, group, r.raw, r.q8, r.q_scales);
-  block_scores<kForm>(a, r, kv, block, limit, group);
   sync_block();
-  block_weights<kForm>(r, kv, block, limit, group);
+  block_weights<kForm>(r, limit, group);
   sync_block();
+  const size_t row = width + 2, block_row = (size_t)group * row;
+  float *partial = a.partial + ((size_t)token * a.kv.kv_heads + head) * a.blocks * block_row;
+  // The only block's sums stay where they are, each thread turning its own.
+  float *to = blocks == 1 ? (float *)r.sums : partial + block * block_row;
+  const int to_row = blocks == 1 ? width : (int)row;
+  if (kForm == KvStore::f16) {
+    float_values(r, kv, width, block, limit, group, to, to_row);
+  } else {
+    whole_values<kForm>(r, kv, f, fetched, width, block, limit, group, to, to_row);
+  }
   if (blocks == 1) {
-    block_values<kForm>(a, r, kv, block, limit, group, (float *)r.sums, width);  // in place: each thread its own
     finish_heads<kForm>(a, r, (float *)r.sums, width, token, head, group);
     return;
   }
-  const size_t row = width + 2, block_row = (size_t)group * row;
-  float *partial = a.partial + ((size_t)token * a.kv.kv_heads + head) * a.blocks * block_row;
-  block_values<kForm>(a, r, kv, block, limit, group, partial + block * block_row, (int)row);
   for (int g = thread_id(); g < group; g += kThreads) {
     partial[block * block_row + g * row + width] = r.tops[g];
     partial[block * block_row + g * row + width + 1] = r.totals[g];

@@ -16,16 +16,20 @@
 #include <cuda_runtime.h>
 #endif
 
+// GPU_KERNEL_FOUR: with registers for four blocks a multiprocessor, so that the next kernel's fit in beside this one's.
 #if defined(HALO_SIM)
 #define GPU_KERNEL(threads) extern "C" void
+#define GPU_KERNEL_FOUR(threads) extern "C" void
 #define GPU_DEVICE static inline
 #define GPU_UNROLL
 #elif defined(__HIP__)
 #define GPU_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads) void
+#define GPU_KERNEL_FOUR(threads) extern "C" __global__ __launch_bounds__(threads) void
 #define GPU_DEVICE static __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
 #else
 #define GPU_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define GPU_KERNEL_FOUR(threads) extern "C" __global__ void __launch_bounds__(threads, 4)
 #define GPU_DEVICE static __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
 #endif
@@ -55,6 +59,7 @@ GPU_DEVICE uint32_t atomic_and(uint32_t *p, uint32_t x) { uint32_t was = *p; *p 
 GPU_DEVICE uint32_t atomic_max(uint32_t *p, uint32_t x) { uint32_t was = *p; *p = x > was ? x : was; return was; }
 GPU_DEVICE uint64_t atomic_max(uint64_t *p, uint64_t x) { uint64_t was = *p; *p = x > was ? x : was; return was; }
 GPU_DEVICE uint4 load_once(const uint4 *p) { return *p; }
+GPU_DEVICE void fetch_ahead(const void *) {}
 GPU_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GPU_DEVICE float root(float x) { return __builtin_sqrtf(x); }
 GPU_DEVICE float nearest(float x) { return __builtin_nearbyintf(x); }
@@ -119,6 +124,7 @@ GPU_DEVICE uint4 load_once(const uint4 *p) {
   Four v = __builtin_nontemporal_load((const Four *)p);
   return make_uint4(v.x, v.y, v.z, v.w);
 }
+GPU_DEVICE void fetch_ahead(const void *) {}  // there is no such instruction; the misses are covered by the weights' own time
 GPU_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GPU_DEVICE int dot4_us(uint32_t w, uint32_t x, int acc) {
   return __builtin_amdgcn_sudot4(false, (int)w, true, (int)x, acc, false);
@@ -153,6 +159,8 @@ GPU_DEVICE uint4 load_once(const uint4 *p) {
                : "l"(p));
   return v;
 }
+// Into the cache that all multiprocessors share: what is needed after wait_for_previous() and does not depend on it.
+GPU_DEVICE void fetch_ahead(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 GPU_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 GPU_DEVICE int dot4_us(uint32_t w, uint32_t x, int acc) {
   int result;

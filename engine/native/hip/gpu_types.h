@@ -9,5 +9,7 @@
 #elif defined(__CUDACC__)
 #include <cuda_runtime.h>
 #else
-struct uint4;  // only pointed to
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 #endif

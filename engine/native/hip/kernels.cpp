@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "head_kernels.h"
+#include "prefill_kernels.h"
 #include "product.h"
 #include "repack.h"
 

@@ -84,11 +84,10 @@ GPU_DEVICE float rotation_sign(int i) {
   return (z ^ (z >> 31)) >> 63 ? -1.0f : 1.0f;
 }
 
-// The Walsh-Hadamard transform of n floats (a power of two) in shared memory, by the block.
-template <int kThreadCount>
-GPU_DEVICE void hadamard(float *x, int n) {
+// The Walsh-Hadamard transform of `rows` vectors of n floats (a power of two) in shared memory, by the block.
+GPU_DEVICE void hadamard(float *x, int rows, int n) {
   for (int half = 1; half < n; half *= 2) {
-    for (int i = thread_id(); i < n / 2; i += kThreadCount) {
+    for (int i = thread_id(); i < rows * n / 2; i += kThreads) {
       const int low = i / half * 2 * half + i % half;
       float a = x[low], b = x[low + half];
       x[low] = a + b;
@@ -98,17 +97,15 @@ GPU_DEVICE void hadamard(float *x, int n) {
   }
 }
 
-template <int kThreadCount>
-GPU_DEVICE void turn(float *x, int n) {
-  for (int i = thread_id(); i < n; i += kThreadCount) x[i] = x[i] * rotation_sign(i);
+GPU_DEVICE void turn(float *x, int rows, int n) {
+  for (int i = thread_id(); i < rows * n; i += kThreads) x[i] = x[i] * rotation_sign(i % n);
   sync_block();
-  hadamard<kThreadCount>(x, n);
+  hadamard(x, rows, n);
 }
 
-template <int kThreadCount>
-GPU_DEVICE void turn_back(float *x, int n) {
-  hadamard<kThreadCount>(x, n);
-  for (int i = thread_id(); i < n; i += kThreadCount) x[i] = x[i] * rotation_sign(i);
+GPU_DEVICE void turn_back(float *x, int rows, int n) {
+  hadamard(x, rows, n);
+  for (int i = thread_id(); i < rows * n; i += kThreads) x[i] = x[i] * rotation_sign(i % n);
   sync_block();
 }
 
@@ -141,6 +138,16 @@ GPU_DEVICE float wave_largest(const float *x, int n) {
   return float_of(wave_max(most));
 }
 
+// One query (shared, turned by its position and by the form), by a wave: int8 in q8, its scale returned to all lanes.
+template <KvStore kForm>
+GPU_DEVICE float quantize_query(const float *x, int width, int size, float attention_scale, int8_t *q8) {
+  float most = wave_largest(x, width);
+  most = most > 1e-30f ? most : 1e-30f;
+  const float factor = 127.0f / most;
+  for (int i = lane_id(); i < width; i += kWave) q8[i] = (int8_t)nearest(x[i] * factor);
+  return most / 127.0f * (kForm == KvStore::rotor3 ? attention_scale / (float)size : attention_scale);
+}
+
 // Queries of one token's group: scaled floats (f16) in `raw`, or int8 in q8 with their scales.
 template <KvStore kForm>
 GPU_DEVICE void prepare_queries(const AttentionArgs &a, int token, int head, int group, float *raw, int8_t *q8,
@@ -153,15 +160,10 @@ GPU_DEVICE void prepare_queries(const AttentionArgs &a, int token, int head, int
     sync_block();
     return;
   }
-  if (kForm == KvStore::rotor3)
-    for (int g = 0; g < group; ++g) turn<kThreads>(raw + g * width, width);
+  if (kForm == KvStore::rotor3) turn(raw, group, width);
   for (int g = wave_id(); g < group; g += kThreads / kWave) {
-    float most = wave_largest(raw + g * width, width);
-    most = most > 1e-30f ? most : 1e-30f;
-    const float factor = 127.0f / most;
-    for (int i = lane_id(); i < width; i += kWave) q8[g * width + i] = (int8_t)nearest(raw[g * width + i] * factor);
-    const float scale = kForm == KvStore::rotor3 ? a.scale / (float)size : a.scale;
-    if (lane_id() == 0) q_scales[g] = most / 127.0f * scale;
+    const float scale = quantize_query<kForm>(raw + g * width, width, size, a.scale, q8 + g * width);
+    if (lane_id() == 0) q_scales[g] = scale;
   }
   sync_block();
 }
@@ -191,59 +193,70 @@ GPU_DEVICE float rotor3_codes(const float *x, int n, uint8_t *codes) {
   return add_lanes(products) / (float)level_squares;
 }
 
-// Write one token's key (turned by its position) and value of one head. raw, shared, has
-// [2][width] floats and 2 * width bytes behind them.
+// One key (which = 0) or value (1) of a token (shared, turned by its position and by the form), by a wave: its codes into
+// the cache and into `codes`, shared; its scale too.
+template <KvStore kForm>
+GPU_DEVICE float put_vector(const KvHead &kv, int which, const float *x, int width, int position, uint8_t *codes) {
+  float scale;
+  uint8_t *base = which == 0 ? kv.keys : kv.values;
+  if (kForm == KvStore::int8) {
+    float most = wave_largest(x, width);
+    most = most > 1e-30f ? most : 1e-30f;
+    const float factor = 127.0f / most;
+    scale = most / 127.0f;
+    for (int d = lane_id(); d < width; d += kWave) {
+      const uint8_t code = (uint8_t)(int8_t)nearest(x[d] * factor);
+      codes[d] = code;
+      if (which == 0) base[key_chunk_index(width, 16, position, d / 16) * 16 + d % 16] = code;
+      if (which == 1) base[((size_t)(position / 16) * width + d) * 16 + position % 16] = code;
+    }
+  } else {
+    scale = rotor3_codes(x, width, codes);
+    sync_wave();
+    for (int d = lane_id(); d < width; d += kWave) {
+      const uint32_t code = codes[d];
+      const size_t at = which == 0 ? key_chunk_index(width, 16, position, d / 16) : (size_t)(position / 16) * width + d;
+      const int i = which == 0 ? d % 16 : position % 16;
+      put_bits((uint32_t *)base + at, 2 * i, 3, code & 3);
+      put_bits((uint32_t *)(base + kv.words) + at / 2, (int)(at % 2) * 16 + i, 1, code >> 2);
+      codes[d] = (uint8_t)(pick_bytes(kLevelsUp, kLevelsDown, code));  // from here on the level
+    }
+  }
+  if (lane_id() == 0) (which == 0 ? kv.key_scales : kv.value_scales)[position] = scale;
+  return scale;
+}
+
+// A key and a value (shared: [2][width]) as halves into the cache.
+GPU_DEVICE void put_halves(const KvHead &kv, const float *key_and_value, int width, int position) {
+  uint16_t *keys = (uint16_t *)kv.keys, *values = (uint16_t *)kv.values;
+  for (int d = thread_id(); d < width; d += kThreads) {
+    keys[key_chunk_index(width, 8, position, d / 8) * 8 + d % 8] = (uint16_t)to_half(key_and_value[d]);
+    values[((size_t)(position / 8) * width + d) * 8 + position % 8] = (uint16_t)to_half(key_and_value[width + d]);
+  }
+}
+
+// One token's key, turned by its position, and value to `raw` [2][width], shared. The block does not meet at the end.
+GPU_DEVICE void take_key_and_value(const AttentionArgs &a, int token, int head, int position, float *raw) {
+  const int width = a.kv.width, size = a.kv.head_dim;
+  const float *qkv = a.qkv + (size_t)token * a.qkv_stride;
+  const float *v = qkv + (a.heads + a.kv.kv_heads + head) * size;
+  take_rotated(a, qkv + (a.heads + head) * size, 1, position, raw);
+  for (int i = thread_id(); i < width; i += kThreads) raw[width + i] = i < size ? taken(v[i], a.status) : 0.0f;
+}
+
+// Write one token's key and value of one head. raw, shared, has [2][width] floats and 2 * width bytes behind them.
 template <KvStore kForm>
 GPU_DEVICE void append_token(const AttentionArgs &a, const KvHead &kv, int token, int head, float *raw) {
-  const int width = a.kv.width, size = a.kv.head_dim, position = a.positions[token];
-  const float *qkv = a.qkv + (size_t)token * a.qkv_stride;
-  const float *k = qkv + (a.heads + head) * size, *v = qkv + (a.heads + a.kv.kv_heads + head) * size;
-  take_rotated(a, k, 1, position, raw);
-  for (int i = thread_id(); i < width; i += kThreads) raw[width + i] = i < size ? taken(v[i], a.status) : 0.0f;
+  const int width = a.kv.width, position = a.positions[token];
+  take_key_and_value(a, token, head, position, raw);
   sync_block();
   if (kForm == KvStore::f16) {
-    uint16_t *keys = (uint16_t *)kv.keys, *values = (uint16_t *)kv.values;
-    for (int d = thread_id(); d < width; d += kThreads) {
-      keys[key_chunk_index(width, 8, position, d / 8) * 8 + d % 8] = (uint16_t)to_half(raw[d]);
-      values[((size_t)(position / 8) * width + d) * 8 + position % 8] = (uint16_t)to_half(raw[width + d]);
-    }
+    put_halves(kv, raw, width, position);
     return;
   }
-  if (kForm == KvStore::rotor3) {
-    turn<kThreads>(raw, width);
-    turn<kThreads>(raw + width, width);
-  }
-  uint8_t *codes = (uint8_t *)(raw + 2 * width);  // of rotor3: what lies there is not in use yet
+  if (kForm == KvStore::rotor3) turn(raw, 2, width);
   const int which = wave_id();
-  if (which < 2) {
-    const float *x = raw + which * width;
-    float scale, factor = 0.0f;
-    if (kForm == KvStore::int8) {
-      float most = wave_largest(x, width);
-      most = most > 1e-30f ? most : 1e-30f;
-      factor = 127.0f / most;
-      scale = most / 127.0f;
-      for (int d = lane_id(); d < width; d += kWave) {
-        const int8_t code = (int8_t)nearest(x[d] * factor);
-        if (which == 0) kv.keys[key_chunk_index(width, 16, position, d / 16) * 16 + d % 16] = (uint8_t)code;
-        if (which == 1) kv.values[((size_t)(position / 16) * width + d) * 16 + position % 16] = (uint8_t)code;
-      }
-    } else {
-      scale = rotor3_codes(x, width, codes + which * width);
-      sync_wave();
-      for (int d = lane_id(); d < width; d += kWave) {
-        const uint32_t code = codes[which * width + d];
-        const size_t at = which == 0 ? key_chunk_index(width, 16, position, d / 16)
-                                     : (size_t)(position / 16) * width + d;
-        const int i = which == 0 ? d % 16 : position % 16;
-        uint8_t *base = which == 0 ? kv.keys : kv.values;
-        put_bits((uint32_t *)base + at, 2 * i, 3, code & 3);
-        put_bits((uint32_t *)(base + kv.words) + at / 2, (int)(at % 2) * 16 + i, 1, code >> 2);
-      }
-    }
-    if (lane_id() == 0) (which == 0 ? kv.key_scales : kv.value_scales)[position] = scale;
-  }
-  sync_block();
+  if (which < 2) put_vector<kForm>(kv, which, raw + which * width, width, position, (uint8_t *)(raw + 2 * width) + which * width);
 }
 
 }  // namespace halo

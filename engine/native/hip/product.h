@@ -139,6 +139,39 @@ GPU_DEVICE void finish_rows(const ProductArgs &a, const int *sums, int first, in
   }
 }
 
+// A thread's first row (of the gated: its first two) of one token: the weights' scales, before the step's results are
+// there, and what is added to, as soon as they are. Most blocks have no more rows than threads.
+struct RowScales {
+  float own, next;
+};
+
+template <int kEpilogue>
+GPU_DEVICE RowScales row_scales(const ProductArgs &a, int first, int count) {
+  const int r = thread_id() * (kEpilogue == kGated ? 2 : 1);
+  if (r >= count || first + r >= a.rows) return {0.0f, 0.0f};
+  return {a.weight_scale[first + r], kEpilogue == kGated ? a.weight_scale[first + r + 1] : 0.0f};
+}
+
+template <int kEpilogue>
+GPU_DEVICE float residual(const ProductArgs &a, int first, int count) {
+  if (kEpilogue != kAdd || thread_id() >= count || first + thread_id() >= a.rows) return 0.0f;
+  return a.out[first + thread_id()];
+}
+
+template <int kEpilogue>
+GPU_DEVICE void finish_own(const ProductArgs &a, const int *sums, int first, int count, RowFacts x, RowScales scales,
+                           float before) {
+  const int each = kEpilogue == kGated ? 2 : 1, r = thread_id() * each, row = first + r;
+  if (r < count && row < a.rows) {
+    const float y = scaled(sums[r], x.sum, scales.own, x.scale);
+    if (kEpilogue == kStore) a.out[row] = y;
+    if (kEpilogue == kAdd) a.out[row] = before + y;
+    if (kEpilogue == kGated) a.out[row / 2] = gated(y, scaled(sums[r + 1], x.sum, scales.next, x.scale), a.activation);
+  }
+  if (count > kThreads * each)
+    finish_rows<kEpilogue>(a, sums + kThreads * each, first + kThreads * each, count - kThreads * each, 0, x.sum, x.scale);
+}
+
 template <class Codes, int kEpilogue>
 GPU_DEVICE void product_of_one(const ProductArgs &a) {
   const int filled = (a.n + 15) / 16 * 16, padded = a.steps * Codes::kCols;
@@ -150,15 +183,20 @@ GPU_DEVICE void product_of_one(const ProductArgs &a) {
   GPU_UNROLL
   for (int i = 0; i < kAhead; ++i)
     if (from + i < to) ahead[i] = load_once(weights + i * kWave);
+  if (a.norm)
+    for (int i = 32 * thread_id(); i < a.n; i += 32 * kThreads) fetch_ahead(a.norm + i);
+  const int count = (tiles.last - tiles.first) * kTileRows, first_row = tiles.first * kTileRows;
+  const RowScales scales = row_scales<kEpilogue>(a, first_row, count);
   let_next_start();
   wait_for_previous();
+  const float before = residual<kEpilogue>(a, first_row, count);
 
   uint8_t *shared = shared_memory();
   uint32_t *scratch = (uint32_t *)shared;
   float *row = (float *)(shared + kScratchBytes);
   int8_t *q = (int8_t *)(row + filled);
   int *sums = (int *)(q + padded);
-  for (int i = thread_id(); i < (tiles.last - tiles.first) * kTileRows; i += kThreads) sums[i] = 0;
+  for (int i = thread_id(); i < count; i += kThreads) sums[i] = 0;
   RowFacts facts = quantized_row<kThreads>(a.x, a.norm, a.n, a.eps, padded, row, q, scratch);
   if (!facts.finite && thread_id() == 0) atomic_or(a.status, kNotFinite);
 
@@ -182,8 +220,27 @@ GPU_DEVICE void product_of_one(const ProductArgs &a) {
     }
   }
   sync_block();
-  finish_rows<kEpilogue>(a, sums, tiles.first * kTileRows, (tiles.last - tiles.first) * kTileRows, 0, facts.sum,
-                         facts.scale);
+  finish_own<kEpilogue>(a, sums, first_row, count, facts, scales, before);
+}
+
+// What one wave does of a piece: units (a tile's step each), the first one's place, and the place that is loaded next.
+struct UnitRange {
+  int from, to, tile, step, load_tile, load_step, steps;
+};
+
+GPU_DEVICE UnitRange unit_range(int tiles, int steps) {
+  const int units = tiles * steps, from = units * wave_id() / kWaves;
+  return {from, units * (wave_id() + 1) / kWaves, from / steps, from % steps, from / steps, from % steps, steps};
+}
+
+template <int kFew>
+GPU_DEVICE void preload(uint4 (&ahead)[kFew], const uint4 *weights, UnitRange &units, int row_steps, int start) {
+  GPU_UNROLL
+  for (int i = 0; i < kFew; ++i)
+    if (units.from + i < units.to) {
+      ahead[i] = load_once(weights + ((size_t)units.load_tile * row_steps + start + units.load_step) * kWave);
+      if (++units.load_step == units.steps) units.load_step = 0, ++units.load_tile;
+    }
 }
 
 // Of up to kTokens tokens, whose int8 rows are there. Their columns pass through shared memory in pieces of whole steps.
@@ -194,6 +251,11 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   int piece = kManyBytes / (kTokens * Codes::kCols);
   piece = piece < a.steps ? piece : a.steps;
   const int stride = piece * Codes::kCols;
+  const uint4 *weights = a.tiles + (size_t)tiles.first * a.steps * kWave + lane_id();
+  const int kFew = 4;
+  uint4 ahead[kFew];
+  UnitRange own_units = unit_range(count, piece);
+  preload<kFew>(ahead, weights, own_units, a.steps, 0);
   uint8_t *shared = shared_memory();
   int8_t *q = (int8_t *)shared;
   int *sums = (int *)(q + kTokens * stride);
@@ -201,10 +263,12 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   wait_for_previous();
   for (int i = thread_id(); i < kTokens * count * kTileRows; i += kThreads) sums[i] = 0;
   for (int start = 0; start < a.steps; start += piece) {
-    const int steps = a.steps - start < piece ? a.steps - start : piece, units = count * steps;
-    const int from = units * wave_id() / kWaves, to = units * (wave_id() + 1) / kWaves;
-    const uint4 *weights = a.tiles + (size_t)tiles.first * a.steps * kWave + lane_id();
-    sync_block();
+    const int steps = a.steps - start < piece ? a.steps - start : piece;
+    if (start) {
+      own_units = unit_range(count, steps);
+      preload<kFew>(ahead, weights, own_units, a.steps, start);
+      sync_block();
+    }
     const int words = steps * Codes::kCols / 16;
     for (int i = thread_id(); i < kTokens * words; i += kThreads) {
       int t = i / words, k = i % words;
@@ -217,16 +281,8 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
     GPU_UNROLL
     for (int t = 0; t < kTokens; ++t) own[t] = 0;
     const int8_t *x = q + lane_id() / kTileRows * Codes::kPart;
-    int tile = from / steps, step = from % steps;
-    const int kFew = 4;
-    uint4 ahead[kFew];
-    int load_tile = tile, load_step = step;
-    GPU_UNROLL
-    for (int i = 0; i < kFew; ++i)
-      if (from + i < to) {
-        ahead[i] = load_once(weights + ((size_t)load_tile * a.steps + start + load_step) * kWave);
-        if (++load_step == steps) load_step = 0, ++load_tile;
-      }
+    const int from = own_units.from, to = own_units.to;
+    int tile = own_units.tile, step = own_units.step, load_tile = own_units.load_tile, load_step = own_units.load_step;
     for (int unit = from; unit < to; unit += kFew) {
       GPU_UNROLL
       for (int i = 0; i < kFew; ++i) {
@@ -261,7 +317,7 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   HALO_PRODUCT_KERNELS(codes, Codes, add, kAdd)                                                            \
   HALO_PRODUCT_KERNELS(codes, Codes, gated, kGated)
 #define HALO_PRODUCT_KERNELS(codes, Codes, name, epilogue)                                                 \
-  GPU_KERNEL(kThreads) halo_##codes##_##name##_1(ProductArgs a) { product_of_one<Codes, epilogue>(a); }    \
+  GPU_KERNEL_FOUR(kThreads) halo_##codes##_##name##_1(ProductArgs a) { product_of_one<Codes, epilogue>(a); } \
   GPU_KERNEL(kThreads) halo_##codes##_##name##_2(ProductArgs a) { product_of_many<Codes, epilogue, 2>(a); } \
   GPU_KERNEL(kThreads) halo_##codes##_##name##_4(ProductArgs a) { product_of_many<Codes, epilogue, 4>(a); } \
   GPU_KERNEL(kThreads) halo_##codes##_##name##_8(ProductArgs a) { product_of_many<Codes, epilogue, 8>(a); } \

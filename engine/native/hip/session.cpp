@@ -349,7 +349,11 @@ void GpuSession::put_prefill_layer(const GpuLayer &layer, int index, int count) 
   put_product(layer.qkv, x, nullptr, count, qkv, qkv_row_, kStore);
   AttentionArgs attention = attention_args(index, count);
   launch_append(attention, form_, stream_);
-  launch_prefill_attention({attention, prefill_tiles_.as<PrefillTile>(), (int)tiles_.size()}, form_, stream_);
+  PrefillAttentionArgs prefill = {};
+  prefill.base = attention;
+  prefill.tiles = prefill_tiles_.as<PrefillTile>();
+  prefill.tile_count = (int)tiles_.size();
+  launch_prefill_attention(prefill, form_, stream_);
   put_norm(attended, q_row_, layer.attn_sub_norm, model_->q_size(), layer.o, count);
   put_product(layer.o, attended, nullptr, count, x, hidden_row_, kAdd);
   put_norm(x, hidden_row_, layer.post_attn_norm, c.hidden_size, layer.gate_up, count);
