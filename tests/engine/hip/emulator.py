@@ -66,6 +66,9 @@ def _tinygrad() -> Any:
         )
 
     pcode._FUNCS["fma"] = fma
+    # A quotient below the smallest subnormal rounds to zero.
+    fixup = emu.ir3.VOP3Op.V_DIV_FIXUP_F32
+    emu.PCODE_RDNA3[fixup] = emu.PCODE_RDNA3[fixup].replace("UNDERFLOW_F32", "0.0F")
     # Rounding half to even by adding a half goes wrong at 0.49999997 and above 2^23.
     pcode._FUNCS["rint_f32"] = lambda a: UOp(Ops.CUSTOM, dtypes.float32, (a,), arg="__builtin_rintf({0})")
     for op in (emu.ir3.VOP1Op.V_RNDNE_F32_E32, emu.ir3.VOP3Op.V_RNDNE_F32_E64, emu.ir3.SOP1Op.S_RNDNE_F32):
@@ -74,16 +77,26 @@ def _tinygrad() -> Any:
 
 
 def pack(*values: Any) -> bytes:
-    """A C struct: arrays as pointers, NumPy scalars as themselves, each on its natural boundary."""
-    out = bytearray()
-    widest = 1
+    """A C struct, each member on its boundary: arrays are pointers, None is a null pointer, NumPy scalars are
+    themselves, tuples are structs inside."""
+    return _packed(values)[0]
+
+
+def _packed(values: Sequence[Any]) -> tuple[bytes, int]:
+    """The bytes of a struct, and its alignment."""
+    out, widest = bytearray(), 1
     for value in values:
-        if not isinstance(value, np.ndarray | np.generic):
+        if isinstance(value, tuple):
+            raw, boundary = _packed(value)
+        elif value is None or isinstance(value, np.ndarray):
+            raw, boundary = struct.pack("<Q", 0 if value is None else value.ctypes.data), 8
+        elif isinstance(value, np.generic):
+            raw, boundary = value.tobytes(), value.nbytes
+        else:
             raise TypeError(f"{type(value).__name__} has no size in C: use np.int32 and the like")
-        raw = struct.pack("<Q", value.ctypes.data) if isinstance(value, np.ndarray) else value.tobytes()
-        widest = max(widest, len(raw))
-        out += bytes(-len(out) % len(raw)) + raw
-    return bytes(out + bytes(-len(out) % widest))
+        widest = max(widest, boundary)
+        out += bytes(-len(out) % boundary) + raw
+    return bytes(out + bytes(-len(out) % widest)), widest
 
 
 @dataclass
@@ -283,7 +296,7 @@ class Launch:
     def _until_barrier(self, fiber: _Fiber, watch: shadow.Lds) -> None:
         emu = _tinygrad()
         program, state, wave = self.program, fiber.state, fiber.wave
-        wave.lds, wave.arrays = watch, self.arrays
+        wave.lds, wave.arrays, wave.backward = watch, self.arrays, self.backward
         count = program.executed
         for _ in range(_LIMIT):
             pc = state.pc
@@ -342,6 +355,32 @@ def launch(
     known = shadow.Arrays([*arrays, kernarg, packet, program.image])
     user = _user_registers(descriptor, packet.ctypes.data, kernarg.ctypes.data)
     Launch(program, kernel, descriptor, block, total, user, kernarg.ctypes.data, known, backward).run(grid)
+
+
+def launch_both_ways(
+    program: Program,
+    kernel: str,
+    grid: Sequence[int],
+    block: Sequence[int],
+    argument: bytes,
+    arrays: Sequence[np.ndarray],
+    *,
+    lds: int = 0,
+) -> None:
+    """Launch twice, with waves and workgroups forward and backward; the results must be the same bytes.
+
+    Backward, the approximate instructions are off by one unit in the last place, as the card's may be.
+    """
+    before = [array.copy() for array in arrays]
+    launch(program, kernel, grid, block, argument, arrays, lds=lds)
+    forward = [array.copy() for array in arrays]
+    for array, kept in zip(arrays, before, strict=True):
+        if array.flags.writeable:
+            array[...] = kept
+    launch(program, kernel, grid, block, argument, arrays, lds=lds, backward=True)
+    for array, other in zip(arrays, forward, strict=True):
+        if array.tobytes() != other.tobytes():
+            raise KernelFault(f"{kernel}: other results when waves and workgroups run in reverse")
 
 
 def load(path: Path) -> Program:

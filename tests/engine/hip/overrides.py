@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.engine.hip import crosslane, fragments
+from tests.engine.hip import crosslane, division, fragments
 from tests.engine.hip.shadow import Wave
 
 Run = Callable[[Wave], None]
@@ -71,6 +71,72 @@ def _bpermute(inst: Any) -> Run:
     return run
 
 
+def _operand(wave: Wave, operand: Any, literal: int | None, flip: bool, positive: bool) -> np.ndarray:
+    """A float32 source of a vector instruction, with its modifiers, as [32]."""
+    if operand.offset >= 256:
+        bits = wave.vgpr[operand.offset - 256].copy()
+    else:
+        bits = np.full(crosslane.LANES, _scalar(wave, operand, literal), np.uint32)
+    bits = bits & np.uint32(0x7FFFFFFF if positive else 0xFFFFFFFF) ^ np.uint32(0x80000000 if flip else 0)
+    values: np.ndarray = bits.view(np.float32)
+    return values
+
+
+def _floats(wave: Wave, inst: Any) -> list[np.ndarray]:
+    literal, absolute = getattr(inst, "literal", None), int(getattr(inst, "abs", 0) or 0)
+    if inst.omod or inst.clmp:
+        raise crosslane.Unsupported("an output modifier")
+    sources = enumerate((inst.src0, inst.src1, inst.src2))
+    return [_operand(wave, s, literal, bool(inst.neg >> i & 1), bool(absolute >> i & 1)) for i, s in sources]
+
+
+def _div_scale(inst: Any) -> Run:
+    target, mask = inst.vdst.offset - 256, inst.sdst.offset
+
+    def run(wave: Wave) -> None:
+        active = wave.active()
+        first, second, third = _floats(wave, inst)
+        scaled, flags = division.div_scale(first, second, third)
+        wave.vgpr[target] = np.where(active, scaled.view(np.uint32), wave.vgpr[target])
+        if mask != 124:  # the null register
+            wave.sgpr[mask] = np.packbits(flags & active, bitorder="little").view(np.uint32)[0]
+
+    return run
+
+
+def _div_fmas(inst: Any) -> Run:
+    target = inst.vdst.offset - 256
+
+    def run(wave: Wave) -> None:
+        vcc = int(wave.sgpr[106]) >> np.arange(crosslane.LANES) & 1 == 1
+        first, second, third = _floats(wave, inst)
+        result = division.div_fmas(first, second, third, vcc)
+        wave.vgpr[target] = np.where(wave.active(), result.view(np.uint32), wave.vgpr[target])
+
+    return run
+
+
+def _approximation(inst: Any) -> Run:
+    """v_rcp_f32 and v_sqrt_f32: the card's are right to one unit in the last place, which one is not said. So a
+    wave that runs backward gets a neighbour of the right result, above it in even lanes and below it in odd. (v_rcp_iflag_f32 is left alone:
+    it begins divisions of whole numbers, whose constants the compiler fits to the card's.)"""
+    square_root, target = "SQRT" in inst.op.name, inst.vdst.offset - 256
+    off = np.where(np.arange(crosslane.LANES) % 2, -1, 1)
+
+    def run(wave: Wave) -> None:
+        literal = getattr(inst, "literal", None)
+        flip, positive = bool(getattr(inst, "neg", 0) or 0), bool(getattr(inst, "abs", 0) or 0)
+        x = _operand(wave, inst.src0, literal, flip, positive)
+        with np.errstate(all="ignore"):
+            y = np.sqrt(x) if square_root else np.float32(1) / x
+        exponent = y.view(np.uint32) >> 23 & 255
+        between = (exponent > 1) & (exponent < 254) & wave.backward
+        bits = np.where(between, y.view(np.int32) + off, y.view(np.int32)).astype(np.int32).view(np.uint32)
+        wave.vgpr[target] = np.where(wave.active(), bits, wave.vgpr[target])
+
+    return run
+
+
 _BY_NAME: dict[str, Callable[[Any], Run]] = {
     "V_WMMA_I32_16X16X16_IU8": _wmma,
     "V_PERMLANE16_B32_E64": _permlane,
@@ -79,6 +145,9 @@ _BY_NAME: dict[str, Callable[[Any], Run]] = {
     "V_PERMLANEX16_B32": _permlane,
     "DS_SWIZZLE_B32": _swizzle,
     "DS_BPERMUTE_B32": _bpermute,
+    "V_DIV_SCALE_F32": _div_scale,
+    "V_DIV_FMAS_F32": _div_fmas,
+    **{f"V_{op}_F32_{form}": _approximation for op in ("RCP", "SQRT") for form in ("E32", "E64")},
 }
 
 

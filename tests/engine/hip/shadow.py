@@ -87,6 +87,7 @@ class Wave:
     vgpr: np.ndarray
     arrays: Arrays = field(default_factory=lambda: Arrays([]))
     lds: Lds = field(default_factory=lambda: Lds(0))
+    backward: bool = False
 
     def active(self) -> np.ndarray:
         lanes: np.ndarray = (int(self.sgpr[_EXEC]) >> np.arange(32)) & 1 == 1
