@@ -271,10 +271,11 @@ def read_bytes(path: Path) -> dict[str, int]:
 def report(settings: Settings, readings: Readings, name: str) -> dict[str, Any]:
     """Everything measured and computed, as one JSON object."""
     engine = readings.facts.get(f"{OURS} {max(settings.threads)}", {})
-    weights = (
-        shape_of(settings.model, engine).bytes_a_token() if is_gpu(engine) else read_bytes(settings.model)
-    )
-    kv_token = _kv_bytes_a_token(readings)
+    if is_gpu(engine):  # whose cache has room for whole blocks of positions
+        shape = shape_of(settings.model, engine)
+        weights, kv_token = shape.bytes_a_token(), shape.config.num_layers * shape.kv_bytes()
+    else:
+        weights, kv_token = read_bytes(settings.model), _kv_bytes_a_token(readings)
     lines = [_line(case, rates, readings, weights, kv_token, settings) for case, rates in _sorted(readings)]
     result = {
         "schema": JSON_SCHEMA,

@@ -142,9 +142,9 @@ def decode_step(shape: Shape, position: float, batch: int = 1) -> Step:
     kernels = [Kernel("embed", 1, batch * (shape.row + 4 * c.hidden_size))]
     if batch > 1:
         kernels.append(Kernel("norm, quantise", 4 * layers, batch * 5 * _mean_columns(shape)))
-    kernels += [_product(shape, name, rows, cols, batch, layers) for name, rows, cols in shape.matrices()]
-    kernels.append(Kernel("attention", layers, batch * _attention_bytes(shape, position)))
-    return Step((*kernels, *_head(shape, batch)), batch)
+    qkv, *rest = (_product(shape, *matrix, batch, layers) for matrix in shape.matrices())
+    attention = Kernel("attention", layers, batch * _attention_bytes(shape, position))
+    return Step((*kernels, qkv, attention, *rest, *_head(shape, batch)), batch)
 
 
 def prefill_steps(shape: Shape, tokens: int) -> Step:
@@ -159,7 +159,7 @@ def prefill_steps(shape: Shape, tokens: int) -> Step:
             continue
         kernels.append(Kernel("embed", 1, count * (shape.row + 4 * c.hidden_size)))
         kernels.append(Kernel("norm, quantise", 4 * layers, count * 5 * _mean_columns(shape)))
-        kernels += [_product(shape, name, rows, cols, count, layers) for name, rows, cols in shape.matrices()]
+        kernels += [_product(shape, *matrix, count, layers) for matrix in shape.matrices()]
         kernels.append(Kernel("KV append", layers, count * (4 * 2 * c.kv_size + shape.kv_bytes())))
         kernels.append(_prefill_attention(shape, start, count))
     return Step((*_joined(kernels), *_head(shape, 1)), tokens)

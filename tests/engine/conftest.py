@@ -77,27 +77,38 @@ def native_digest() -> str:
     return hashlib.sha256(whole).hexdigest()[:16]
 
 
-@pytest.fixture(scope="session")
-def native_library(request: pytest.FixtureRequest) -> Path:
-    """libhalo_cpu.so of this checkout, built once, kept in $HALO_TEST_BUILD or the pytest cache."""
+def built(request: pytest.FixtureRequest, target: str, *options: str) -> Path:
+    """A library of this checkout, built once for its sources, kept in $HALO_TEST_BUILD or pytest's cache."""
     cache = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
     root = Path(
         os.environ.get("HALO_TEST_BUILD") or (cache.mkdir("halo-native") if cache else tempfile.mkdtemp())
     )
     folder = root / native_digest()
-    library = folder / "libhalo_cpu.so"
+    library = folder / f"lib{target}.so"
     if not library.exists():
         if shutil.which("cmake") is None:
             pytest.fail("cmake is not installed; python3 tests/run.py brings what the tests need")
         folder.mkdir(parents=True, exist_ok=True)
         # Built aside and moved in: another test run may be building the same sources.
         with tempfile.TemporaryDirectory(dir=folder) as build:
-            configure = ["cmake", "-S", str(NATIVE), "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
-            for command in (configure, ["cmake", "--build", build, "-j", "2"]):
+            configure = ["cmake", "-S", str(NATIVE), "-B", build, "-DCMAKE_BUILD_TYPE=Release", *options]
+            for command in (configure, ["cmake", "--build", build, "-j", "2", "--target", target]):
                 done = subprocess.run(command, capture_output=True, text=True)
                 assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
             (Path(build) / library.name).replace(library)
     return library
+
+
+@pytest.fixture(scope="session")
+def native_library(request: pytest.FixtureRequest) -> Path:
+    """libhalo_cpu.so of this checkout."""
+    return built(request, "halo_cpu", "-DHALO_HIP=OFF")
+
+
+@pytest.fixture(scope="session")
+def sim_library(request: pytest.FixtureRequest) -> Path:
+    """libhalo_sim.so of this checkout: the GPU engine, host and device code, on a simulated device."""
+    return built(request, "halo_sim", "-DHALO_HIP=OFF", "-DHALO_SIM=ON")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,15 @@ import pytest
 
 from engine import device
 from engine.backend import NativeModel
+from engine.bench_report import shape_of
 from engine.device import ABI_VERSION, BACKENDS, choose_backend, find_library, load_library
 from engine.errors import EXIT_COULD_NOT_RUN, EXIT_ERROR, HaloError
+from engine.formats.prepared import prepare
 from engine.server.serve import serve_service
 from engine.server.sockets import bind
+from tests.engine.conftest import random_model
 from tests.engine.server_fixtures import ScriptedSession, byte_tokens, make_engine, make_service, wait_until
+from tests.engine.test_bench import bench
 
 # Every function of halo.h; what it says of itself comes with -D.
 SOURCE = """
@@ -262,3 +268,112 @@ def test_a_lost_gpu_ends_the_server_with_an_error_and_all_who_wait_are_told() ->
     assert [answer.status_code for answer in answers] == [500, 500]
     assert all("the GPU was lost" in answer.json()["error"]["message"] for answer in answers)
     assert service.runner.lost is not None and not service.runner.alive()
+
+
+# --- the GPU engine itself, on its simulated device: what a person sees of its faults
+
+
+@pytest.fixture
+def simulated(sim_library: Path, native_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the simulated GPU's library, which is asked for."""
+    for name in ("HALO_SIM_FAULT", "HALO_GPU_PATH", "HALO_CPU_PATH", "HALO_KV", "HALO_GPU_PACKING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HALO_LIB_DIR", str(sim_library.parent))
+    monkeypatch.setenv("HALO_BACKEND", "sim")
+    return sim_library.parent
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.halo"
+    prepare(random_model("plain"), path)
+    return path
+
+
+SHORT = """
+import json, sys
+from engine.backend import NativeModel
+from engine.errors import HaloError
+try:
+    with NativeModel.open(sys.argv[1]) as model, model.session(context=32) as session:
+        ids = [session.run_argmax([1, 2, 3], [0] * 3, range(3), [False, False, True])[0]]
+        for at in range(3, 7):
+            ids += session.run_argmax([ids[-1]], [0], [at], [True])
+        print(json.dumps({"ids": ids, **model.facts, **session.facts}))
+except HaloError as error:
+    print(json.dumps({"error": error.message, "hint": error.hint, "kind": type(error).__name__}))
+    sys.exit(error.exit_code)
+"""
+
+
+def decoded(prepared: Path, folder: Path, **environ: str) -> tuple[int, dict[str, Any]]:
+    """A short decode in a process of its own: a simulated device stays as it was opened."""
+    env = {**os.environ, "HALO_LIB_DIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[2]), **environ}
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, str(prepared)], env=env, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("path", ["graph", "eager"])
+def test_the_gpu_engine_is_asked_as_the_cpus_is_and_says_the_same(
+    simulated: Path, prepared: Path, path: str
+) -> None:
+    code, said = decoded(prepared, simulated, HALO_GPU_PATH=path, HALO_CPU_PATH="scalar")
+    assert code == 0 and (said["backend"], said["isa"], said["device"]) == ("sim", path, "simulated")
+    assert said["backend_reason"] == "HALO_BACKEND=sim" and said["threads"] == 1
+    code, wanted = decoded(prepared, simulated, HALO_BACKEND="cpu")
+    assert code == 0 and wanted["backend"] == "cpu" and said["ids"] == wanted["ids"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "sentence", "hint", "kind"),
+    [
+        ("none", EXIT_COULD_NOT_RUN, "there is no GPU here", "halo doctor", "HaloError"),
+        ("code", EXIT_COULD_NOT_RUN, "this library has code for gfx1151", "halo doctor", "HaloError"),
+        ("memory=1000", EXIT_ERROR, "memory", "fewer slots", "HaloError"),
+        ("lost=3", EXIT_ERROR, "the GPU was lost", "start halo again", "DeviceLost"),
+    ],
+)
+def test_each_fault_of_a_gpu_is_a_sentence_and_what_to_do(
+    simulated: Path, prepared: Path, fault: str, code: int, sentence: str, hint: str, kind: str
+) -> None:
+    ended, said = decoded(prepared, simulated, HALO_SIM_FAULT=fault)
+    assert ended == code and sentence in said["error"] and hint in said["hint"] and said["kind"] == kind
+    assert (
+        said["error"].startswith("The native engine (sim) refused: ") and "HALO_BACKEND=cpu" in said["hint"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [({"HALO_GPU_PATH": "warp"}, "'warp' is no way"), ({"HALO_KV": "f32"}, "no KV cache of f32")],
+)
+def test_what_a_gpu_cannot_do_is_refused_with_what_it_can(
+    simulated: Path, prepared: Path, environ: dict[str, str], sentence: str
+) -> None:
+    code, said = decoded(prepared, simulated, **environ)
+    assert code == EXIT_ERROR and sentence in said["error"]
+
+
+def test_the_bytes_of_the_roofline_are_those_on_the_device(simulated: Path, prepared: Path) -> None:
+    """The device holds what a token reads, and all of the head in full precision and of RoPE's tables."""
+    _, said = decoded(prepared, simulated)
+    shape = shape_of(prepared, said)
+    config, weights = shape.config, shape.bytes_a_token()
+    whole_head = config.vocab_size * shape.row
+    tables = 2 * 4 * config.max_seq_len * (config.head_dim // 2)
+    held = weights["ternary"] + shape.head_bytes() + whole_head + tables
+    assert held < said["model_bytes"] < 1.1 * held + 64 * 1024
+    positions = 256  # a whole block
+    assert said["kv_bytes"] == pytest.approx(config.num_layers * shape.kv_bytes() * positions)
+
+
+def test_a_report_of_the_simulated_gpu_has_its_kernels(simulated: Path, tmp_path: Path) -> None:
+    library = simulated / "libhalo_sim.so"
+    done = bench(
+        tmp_path, library, "--report", "--bandwidth", "1", "--rounds", "1", "--context", "8", "--tokens", "2"
+    )
+    assert done.returncode in (0, 2), done.stderr
+    assert "backend sim (HALO_BACKEND=sim): simulated" in done.stdout
+    assert "1.0 GB/s (stated)" in done.stdout and "| gate and up | 2 |" in done.stdout
