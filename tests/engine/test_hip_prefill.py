@@ -1,7 +1,7 @@
 """The device's prefill kernels, simulated, against NumPy: products and attention equal to the last bit.
 
-What the simulation runs is gfx11's fragment map, spelled out (hip/mma.h). Speed and the real matrix units
-are not its business.
+What the simulation runs are the fragment maps of gfx11's matrix units and of NVIDIA's, spelled out
+(hip/mma.h). Speed and the real matrix units are not its business.
 """
 
 from __future__ import annotations
@@ -35,15 +35,24 @@ F32 = np.ndarray[Any, np.dtype[np.float32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["HALO_SIM_WMMA", "HALO_SIM_MMA_SYNC"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The driver with the simulated device, built once for its sources."""
     cache = getattr(request.config, "cache", None)
     kept = os.environ.get("HALO_TEST_BUILD") or (cache.mkdir("halo-native") if cache else None)
     folder = Path(kept or tmp_path_factory.mktemp("prefill")) / native_digest()
     folder.mkdir(parents=True, exist_ok=True)
-    built = folder / f"prefill-{os.getpid()}.so"
-    flags = ["-std=c++17", "-O2", "-DHALO_SIM", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
+    built = folder / f"prefill-{request.param}-{os.getpid()}.so"
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-DHALO_SIM",
+        f"-D{request.param}",
+        "-ffp-contract=off",
+        "-U_FORTIFY_SOURCE",
+        "-fPIC",
+        "-shared",
+    ]
     if platform.machine() == "x86_64":
         flags.append("-mfma")
     files = [str(DRIVER), *(str(NATIVE / name) for name in SOURCES)]

@@ -1,5 +1,6 @@
 // The matrix units: products of int8, summed exactly in int32, for a wave. A thin header over gfx11's WMMA, NVIDIA's
-// mma.sync (sm_80 and later) and, in the simulation, WMMA's registers spelled out. Not a matrix product of any size.
+// mma.sync (sm_80 and later) and, in the simulation, WMMA's registers spelled out, or mma.sync's where
+// HALO_SIM_MMA_SYNC is defined. Not a matrix product of any size.
 //
 // All targets multiply 16 x 16 results at once from operands of 16 bytes a row; what differs is which lane holds what.
 //
@@ -15,8 +16,17 @@
 #pragma once
 #include "gpu.h"
 
-#if !defined(HALO_SIM) && !defined(__HIP__)
+#if defined(HALO_SIM_MMA_SYNC) || (!defined(HALO_SIM) && !defined(__HIP__))
 #define HALO_MMA_SYNC 1
+#endif
+#if defined(HALO_SIM_MMA_SYNC)
+#include <functional>
+#include <vector>
+#endif
+#if defined(HALO_SIM)
+#define HALO_MMA_LOOP
+#else
+#define HALO_MMA_LOOP _Pragma("unroll 1")
 #endif
 
 namespace halo {
@@ -42,7 +52,61 @@ GPU_DEVICE int own_wave() {
 #endif
 }
 
-#if defined(HALO_MMA_SYNC)
+#if defined(HALO_SIM_MMA_SYNC)
+
+struct Two {
+  float x, y;
+};
+
+template <bool kSignedA>
+GPU_DEVICE void multiply8(int *acc, const uint32_t *a, uint32_t b0, uint32_t b1) {
+  static uint32_t left[32][kWave][4], right[32][kWave][2];
+  const int lane = lane_id(), wave = wave_id(), g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) left[wave][lane][i] = a[i];
+  right[wave][lane][0] = b0, right[wave][lane][1] = b1;
+  sync_wave();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 32; ++k) {
+      const uint32_t x = left[wave][g * 4 + k % 16 / 4][k / 16 * 2 + i / 2] >> 8 * (k % 4) & 255;
+      const uint32_t y = right[wave][(2 * t + i % 2) * 4 + k % 16 / 4][k / 16] >> 8 * (k % 4) & 255;
+      acc[i] += (kSignedA ? (int8_t)x : (int)x) * (int8_t)y;
+    }
+  sync_wave();
+}
+
+GPU_DEVICE void load_matrices(uint32_t *w, const uint8_t *row) {
+  static const uint8_t *rows[32][kWave];
+  const int lane = lane_id(), wave = wave_id();
+  rows[wave][lane] = row;
+  sync_wave();
+  for (int i = 0; i < 4; ++i) w[i] = *(const uint32_t *)(rows[wave][8 * i + lane / 4] + lane % 4 * 4);
+  sync_wave();
+}
+
+// Nothing is there before it is waited for.
+typedef std::vector<std::function<void()>> Group;
+inline std::vector<Group> &groups_on_their_way() {
+  static std::vector<Group> groups[1024];
+  std::vector<Group> &own = groups[thread_id()];
+  if (own.empty()) own.emplace_back();
+  return own;
+}
+GPU_DEVICE void copy16(void *shared, const void *global) {
+  groups_on_their_way().back().push_back([=] { __builtin_memcpy(shared, global, 16); });
+}
+GPU_DEVICE void commit() { groups_on_their_way().emplace_back(); }
+template <int kLeft>
+GPU_DEVICE void wait() {
+  std::vector<Group> &groups = groups_on_their_way();
+  while (groups.size() > kLeft + 1) {
+    for (auto &copy : groups.front()) copy();
+    groups.erase(groups.begin());
+  }
+}
+
+#elif defined(HALO_MMA_SYNC)
+
+typedef float2 Two;
 
 // acc += A B. A: 16 rows x 32 bytes, signed or not. B: 8 columns x 32 bytes, signed.
 template <bool kSignedA>

@@ -150,7 +150,7 @@ template <class S>
 GPU_DEVICE void multiply_two_bits(const GemmArgs &a, Results<S> &r, Weights<S> &w, const uint8_t *stage, int part,
                                   int token, const Source &next) {
   const int kM = S::kWaveTokens / 16, g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll 1  // twice the code would want more registers than there are
+  HALO_MMA_LOOP  // twice the code would want more registers than there are
   for (int p = 0; p < 2; ++p) {
     uint4 low[kM], high[kM];
     GPU_UNROLL
@@ -303,11 +303,11 @@ GPU_DEVICE void put_two(const GemmArgs &a, int token, int row, const int *sums) 
   }
   const float x_scale = a.q.scale[token];
   const int offset = a.q.sum[token];
-  const float2 scale = *(const float2 *)(a.weight_scale + row);
-  float2 *out = (float2 *)(a.out + (size_t)token * a.out_stride + row);
-  float2 y = make_float2(scaled(sums[0], offset, scale.x, x_scale), scaled(sums[1], offset, scale.y, x_scale));
+  const mma::Two scale = *(const mma::Two *)(a.weight_scale + row);
+  mma::Two *out = (mma::Two *)(a.out + (size_t)token * a.out_stride + row);
+  mma::Two y = {scaled(sums[0], offset, scale.x, x_scale), scaled(sums[1], offset, scale.y, x_scale)};
   if (a.epilogue == kAdd) {
-    const float2 old = *out;
+    const mma::Two old = *out;
     y.x = old.x + y.x, y.y = old.y + y.y;
   }
   *out = y;
