@@ -120,6 +120,12 @@ GpuHead::GpuHead(const HeadWeights &weights, int most, uint32_t *status)
   cut(memory_.as());
 }
 
+// Of several tokens there are blocks enough: each then looks at more rows, since what it does before costs as much.
+int GpuHead::exact_blocks(int tokens) const {
+  const int turns = (rows_ + 2 * kHeadRowsInTurn - 1) / (2 * kHeadRowsInTurn);
+  return std::min(exact_blocks_, std::max(exact_blocks_ / tokens, turns));
+}
+
 void GpuHead::check(int count, int most) const {
   if (count < 1 || count > most)
     throw Failure(HALO_INTERNAL, "the output head is asked for %d of %d rows", count, most);
@@ -172,7 +178,7 @@ void GpuHead::put_argmax(const float *x, int stride, const int32_t *wanted, int 
   for (int first = 0; first < count; first += kHeadAtOnce) {
     const int some = std::min(kHeadAtOnce, count - first);
     put_coarse({x, stride, wanted, count}, first, some, nullptr, stream);
-    launch_head_exact(exact_args(first, nullptr, ids + first, nullptr), some, exact_blocks_, stream);
+    launch_head_exact(exact_args(first, nullptr, ids + first, nullptr), some, exact_blocks(some), stream);
   }
 }
 
@@ -186,11 +192,11 @@ void GpuHead::put_draw(const float *x, int stride, const int32_t *wanted, int co
     const float *noise = draw.noise + (size_t)first * weights_.vocab;
     put_coarse({x, stride, wanted, count}, first, some, noise, stream);
     const HeadExactArgs exact = exact_args(first, noise, draw.winners + first, draw.found + first);
-    launch_head_exact(exact, some, exact_blocks_, stream);
+    launch_head_exact(exact, some, exact_blocks(some), stream);
     if (!draw.room) continue;
     HeadNearArgs near = {exact, draw.depth, room, counts_, some_ids_, some_logits_, draw.found + first,
                          draw.ids + (size_t)first * draw.room, draw.logits + (size_t)first * draw.room, draw.room};
-    launch_head_near(near, some, exact_blocks_, stream);
+    launch_head_near(near, some, exact_blocks(some), stream);
   }
 }
 

@@ -75,6 +75,7 @@ class GpuHead {
   void put_coarse(const Wanted &wanted, int first, int count, const float *noise, Stream &stream);
   HeadExactArgs exact_args(int first, const float *noise, int32_t *ids, int32_t *found) const;
   void put_some_logits(int first, int count, float *logits, Stream &stream);
+  int exact_blocks(int tokens) const;
   void check(int count, int most) const;
 
   const HeadWeights &weights_;

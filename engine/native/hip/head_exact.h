@@ -5,6 +5,7 @@
 
 namespace halo {
 
+const int kHeadOwnRows = kHeadRowsInTurn / kHeadThreads;
 const int kHeadAhead = 80;  // weights that a lane has on their way: a row of 2,560 comes in two turns
 
 template <bool kBf16>
@@ -84,7 +85,7 @@ struct HeadShared {
   HeadBest found[kHeadWaves];
   int32_t count, is_last;
   int32_t list[kHeadRowsInTurn];
-  float values[kHeadThreads];
+  float values[kHeadRowsInTurn];
   uint32_t scratch[kHeadWaves];
 };
 
@@ -114,6 +115,39 @@ GPU_DEVICE void head_finish(const HeadExactArgs &a, int t) {
   search.done = 0;
 }
 
+// The upper bounds of a thread's rows of a turn, neighbours.
+struct HeadUppers {
+  uint4 piece[kHeadOwnRows / 4];
+};
+GPU_DEVICE HeadUppers head_uppers(const float *upper, int row, int last) {
+  HeadUppers u = {};
+  GPU_UNROLL
+  for (int i = 0; i < kHeadOwnRows / 4; ++i)
+    if (row + 4 * i < last) u.piece[i] = *(const uint4 *)(upper + row + 4 * i);
+  return u;
+}
+
+// Which of these rows can reach a value: one that is no number can.
+GPU_DEVICE uint32_t head_reaching(const HeadUppers &u, const float *noise, int row, int last, float value) {
+  uint32_t mask = 0;
+  GPU_UNROLL
+  for (int i = 0; i < kHeadOwnRows; ++i) {
+    if (row + i >= last) continue;
+    const uint4 &four = u.piece[i / 4];
+    const uint32_t bits = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+    const float upper = float_of(bits) + (noise ? noise[row + i] : 0.0f);
+    mask |= (uint32_t)!(upper < value) << i;
+  }
+  return mask;
+}
+
+GPU_DEVICE int head_count(uint32_t mask) {
+  int count = 0;
+  GPU_UNROLL
+  for (int i = 0; i < kHeadOwnRows; ++i) count += (int)(mask >> i & 1);
+  return count;
+}
+
 template <bool kBf16>
 GPU_DEVICE void head_exact(const HeadExactArgs &a) {
   let_next_start();
@@ -123,6 +157,9 @@ GPU_DEVICE void head_exact(const HeadExactArgs &a) {
   const int t = block_y(), half = thread_id() / 16 % 2;
   const HeadRange range = head_range(a.vocab);
   const float *noise = a.noise ? a.noise + (size_t)t * a.vocab : nullptr;
+  const float *upper = a.upper + (size_t)t * a.upper_stride;
+  int row = range.first + kHeadOwnRows * thread_id();
+  HeadUppers uppers = head_uppers(upper, row, range.last);
   if (thread_id() == 0) own.count = 0;
   head_read_row(a.kept + (size_t)t * a.kept_stride, a.n, x);
   const HeadBest best = head_best(a, t, own.found);
@@ -134,17 +171,14 @@ GPU_DEVICE void head_exact(const HeadExactArgs &a) {
   uint64_t key = 0;
   bool bad = false;
   for (int start = range.first; start < range.last; start += kHeadRowsInTurn) {
-    const int row = start + 4 * thread_id();
-    if (row < range.last) {
-      const uint4 four = *(const uint4 *)(a.upper + (size_t)t * a.upper_stride + row);
-      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
-      GPU_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if (row + i >= range.last) continue;
-        const float upper = float_of(bits[i]) + (noise ? noise[row + i] : 0.0f);
-        if (!(upper < threshold)) own.list[atomic_add(&own.count, 1)] = row + i;
-      }
+    const uint32_t mask = head_reaching(uppers, noise, row, range.last, threshold);
+    if (mask) {
+      int at = atomic_add(&own.count, head_count(mask));
+      for (int i = 0; i < kHeadOwnRows; ++i)
+        if (mask >> i & 1) own.list[at++] = row + i;
     }
+    row += kHeadRowsInTurn;
+    uppers = head_uppers(upper, row, range.last);
     sync_block();
     const int count = own.count;
     for (int i = thread_id() / 16; i < count && i < 4 * kHeadWaves; i += 2 * kHeadWaves)
@@ -209,53 +243,75 @@ GPU_DEVICE void head_gather(const HeadNearArgs &a, int t, uint32_t *scratch) {
   if (thread_id() == 0) a.found[t] = total > a.room ? -1 : total;
 }
 
+// The value that a token near the winner has at least: the winner's own, or `depth` below the row that looks best.
+template <bool kBf16>
+GPU_DEVICE float head_least(const HeadNearArgs &a, int winner, int looks_best, const float *x) {
+  const int half = thread_id() / 16 % 2, id = half ? looks_best : winner;  // one by either half of each wave
+  head_prefetch_row(a.exact.rows, id);
+  const float logit = head_logit<kBf16>(a.exact.rows, id, x, a.exact.n);
+  const float other = shuffle_xor(logit, 16), won = half ? other : logit, deep = (half ? logit : other) - *a.depth;
+  return deep < won ? deep : won;
+}
+
+// Those of own.list, whose values are there, that are at least `least`, in order; how many they are.
+GPU_DEVICE int head_keep(HeadShared &own, int count, float least, int32_t *ids, float *logits) {
+  const int each = (count + kHeadThreads - 1) / kHeadThreads, first = thread_id() * each;
+  uint32_t mask = 0;
+  for (int i = 0; i < each && first + i < count; ++i) mask |= (uint32_t)!(own.values[first + i] < least) << i;
+  int all, at = head_rank(head_count(mask), own.scratch, &all);
+  for (int i = 0; i < each; ++i) {
+    if (!(mask >> i & 1)) continue;
+    ids[at] = own.list[first + i];
+    logits[at++] = own.values[first + i];
+  }
+  return all;
+}
+
+template <bool kBf16>
+GPU_DEVICE int head_near_rows(const HeadNearArgs &a, int t, float least, const float *x, HeadShared &own) {
+  const HeadRange range = head_range(a.exact.vocab);
+  const int half = thread_id() / 16 % 2;
+  const float *upper = a.exact.upper + (size_t)t * a.exact.upper_stride;
+  const size_t to = (size_t)t * a.exact.vocab + range.first;
+  int kept = 0;
+  bool bad = false;
+  for (int start = range.first; start < range.last && kept <= a.room; start += kHeadRowsInTurn) {
+    const int row = start + kHeadOwnRows * thread_id();
+    const uint32_t mask = head_reaching(head_uppers(upper, row, range.last), nullptr, row, range.last, least);
+    int count, at = head_rank(head_count(mask), own.scratch, &count);
+    for (int i = 0; i < kHeadOwnRows; ++i)
+      if (mask >> i & 1) own.list[at++] = row + i;
+    sync_block();
+    for (int i = 2 * wave_id(); i < count; i += 2 * kHeadWaves) {
+      const int in = i + half < count ? i + half : i;
+      const float value = head_logit<kBf16>(a.exact.rows, own.list[in], x, a.exact.n);
+      bad = bad || !finite(value);
+      if (thread_id() % 16 == 0) own.values[in] = value;
+    }
+    sync_block();
+    kept += head_keep(own, count, least, a.some_ids + to + kept, a.some_logits + to + kept);
+    sync_block();
+  }
+  if (bad && thread_id() % 16 == 0) atomic_or(a.exact.status, kNotFinite);
+  return kept;
+}
+
 template <bool kBf16>
 GPU_DEVICE void head_near(const HeadNearArgs &a) {
   let_next_start();
   wait_for_previous();
   HeadShared &own = *(HeadShared *)shared_memory();
   float *x = (float *)(shared_memory() + (sizeof(HeadShared) + 15) / 16 * 16);
-  const int t = block_y(), half = thread_id() / 16 % 2, vocab = a.exact.vocab, n = a.exact.n;
-  const HeadRange range = head_range(vocab);
-  head_read_row(a.exact.kept + (size_t)t * a.exact.kept_stride, n, x);
+  const int t = block_y();
+  head_read_row(a.exact.kept + (size_t)t * a.exact.kept_stride, a.exact.n, x);
   const HeadBest best = head_best(a.exact, t, own.found);
   const int winner = a.exact.search[t].winner;
-  int kept = 0;
+  int kept = a.room + 1;  // without a winner nothing is found
   if (winner >= 0) {
-    head_prefetch_row(a.exact.rows, half ? best.seen_row : winner);
-    // The winner by the lower half of each wave, the row that looks best by the upper.
-    const float logit = head_logit<kBf16>(a.exact.rows, half ? best.seen_row : winner, x, n);
-    const float other = shuffle_xor(logit, 16), won = half ? other : logit;
-    const float deep = (half ? logit : other) - *a.depth;
-    const float least = deep < won ? deep : won;
-    const size_t to = (size_t)t * vocab + range.first;
-    bool bad = false;
-    for (int start = range.first; start < range.last && kept <= a.room; start += kHeadThreads) {
-      const int row = start + thread_id();
-      const bool near = row < range.last && !(a.exact.upper[(size_t)t * a.exact.upper_stride + row] < least);
-      int count, found;
-      const int rank = head_rank(near, own.scratch, &count);
-      if (near) own.list[rank] = row;
-      sync_block();
-      for (int i = 2 * wave_id(); i < count; i += 2 * kHeadWaves) {
-        const int at = i + half < count ? i + half : i;
-        const float value = head_logit<kBf16>(a.exact.rows, own.list[at], x, n);
-        bad = bad || !finite(value);
-        if (thread_id() % 16 == 0) own.values[at] = value;
-      }
-      sync_block();
-      const bool keeps = thread_id() < count && !(own.values[thread_id()] < least);
-      const int place = kept + head_rank(keeps, own.scratch, &found);
-      if (keeps) {
-        a.some_ids[to + place] = own.list[thread_id()];
-        a.some_logits[to + place] = own.values[thread_id()];
-      }
-      kept += found;
-      sync_block();
-    }
-    if (bad && thread_id() % 16 == 0) atomic_or(a.exact.status, kNotFinite);
+    const float least = head_least<kBf16>(a, winner, best.seen_row, x);
+    kept = head_near_rows<kBf16>(a, t, least, x, own);
   }
-  if (thread_id() == 0) a.counts[(size_t)t * block_count() + block_id()] = winner >= 0 ? kept : a.room + 1;
+  if (thread_id() == 0) a.counts[(size_t)t * block_count() + block_id()] = kept;
   if (!head_last(&a.exact.search[t].near_done, &own.is_last)) return;
   head_gather(a, t, own.scratch);
   if (thread_id() == 0) a.exact.search[t].near_done = 0;

@@ -18,7 +18,7 @@ namespace halo {
 const int kHeadAtOnce = 16;    // tokens whose bounds stand at once
 const int kHeadStepCols = 256;
 const int kHeadStepWords = 96;  // of 16 bytes
-const int kHeadRowsInTurn = 1024;  // rows that a block of the exact pass looks at in one turn
+const int kHeadRowsInTurn = 2048;  // rows that a block of the exact pass looks at in one turn
 
 // Rows of full precision on the device: the embedding, or a head of its own.
 struct HeadRows {
