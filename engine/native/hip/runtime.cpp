@@ -198,8 +198,8 @@ DeviceFacts find_device() {
   int count = 0;
   need(GPU(GetDeviceCount)(&count), "the GPUs cannot be counted");
   if (count < 1) throw Failure(HALO_UNSUPPORTED, "there is no GPU here that the driver knows");
-  GPU(DeviceProp) properties;
 #if defined(__HIP_PLATFORM_AMD__)
+  hipDeviceProp_t properties;
   need(hipGetDeviceProperties(&properties, 0), "the GPU's properties cannot be read");
   std::string arch = properties.gcnArchName;
   arch = arch.substr(0, arch.find(':'));
@@ -208,6 +208,7 @@ DeviceFacts find_device() {
   size_t shared = properties.sharedMemPerBlock;
   const char *backend = "hip";
 #else
+  cudaDeviceProp properties;
   need(cudaGetDeviceProperties(&properties, 0), "the GPU's properties cannot be read");
   std::string arch = "sm_" + std::to_string(properties.major * 10 + properties.minor);
   size_t shared = properties.sharedMemPerBlockOptin;
