@@ -21,6 +21,7 @@ from provision.toolchain import (
     describe_hip,
     system_toolchain,
 )
+from tests.provision.conftest import CHECKOUT
 
 # The options of engine/native/CMakeLists.txt, over a source of one line; LACKS makes it a box without ROCm.
 CMAKE = """
@@ -152,3 +153,41 @@ def test_an_empty_bundle_serves_nobody(tmp_path: Path) -> None:
     assert prebuilt_library(tmp_path) is None and prebuilt_library(tmp_path, hip=True) is None
     shutil.rmtree(tmp_path)
     assert prebuilt_library(tmp_path, hip=True) is None
+
+
+_IN_FORKY = """
+import glob, json, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, "/mnt")
+from pathlib import Path
+from engine.device import choose_backend
+from engine.errors import HaloError
+from provision.run import Log
+from provision.toolchain import Toolchain, build_native
+compiler = Path(sorted(glob.glob("/usr/lib/llvm-*/bin/clang++"))[-1])
+tools = Toolchain(Path("/usr/bin/cmake"), compiler, "Ninja", Path("/usr/bin/ninja"))
+facts = build_native(Path("/mnt/engine/native"), Path("/srv/build"), Path("/srv/lib"), tools, Log(), hip=True)
+try:
+    choose_backend({"HALO_BACKEND": "hip"})
+except HaloError as error:
+    said = error.message
+print(json.dumps({"facts": facts, "auto": choose_backend({}).facts(), "said": said}))
+"""
+
+
+@pytest.mark.slow
+def test_the_real_hipcc_builds_it_and_without_a_gpu_the_cpu_decodes(tmp_path: Path) -> None:
+    """In Debian forky, with HIP's runtime and no GPU: the install's own build, then the backend's choice."""
+    from tests.engine.hip import toolchain as rocm
+
+    if rocm.missing():
+        pytest.skip(rocm.missing())
+    argv = ["env", "HALO_LIB_DIR=/srv/lib", "python3", "-c", _IN_FORKY]
+    answer = json.loads(rocm.inside(CHECKOUT, tmp_path, argv).out.splitlines()[-1])
+    hip = answer["facts"]["hip"]
+    assert (
+        hip["targets"] == ["gfx1151"] and "clang" in hip["compiler"] and "-ffp-contract=off" in hip["flags"]
+    )
+    assert code_objects(tmp_path / "lib" / HIP_LIBRARY) == ["gfx1151"]
+    assert answer["auto"]["backend"] == "cpu" and "there is no GPU here" in answer["auto"]["backend_reason"]
+    assert answer["said"] == answer["auto"]["backend_reason"]
