@@ -43,6 +43,16 @@ GPU_DEVICE int fresh(int x) {
   return x;
 }
 
+// The block meets, and sees what was written to shared memory. On gfx11 sync_block(), and the compiler's own barrier
+// behind any fence, would wait for the loads from global memory as well, which here are meant to be on their way.
+GPU_DEVICE void sync_shared() {
+#if defined(__HIP__)
+  asm volatile("s_waitcnt lgkmcnt(0)\n\ts_barrier" ::: "memory");
+#else
+  sync_block();
+#endif
+}
+
 // The wave's number in its block, as a scalar.
 GPU_DEVICE int own_wave() {
 #if defined(__HIP__)

@@ -232,7 +232,7 @@ GPU_DEVICE const uint8_t *next_stage(Feed<kForm> &f, const Work &w, int width) {
 #if defined(HALO_MMA_SYNC)
   if (Way<kForm>::kAsync) mma::wait<Way<kForm>::kStages - 2>();
 #endif
-  sync_block();
+  mma::sync_shared();
   fetch<kForm, kChunk>(f, w, width);
   return w.stages + f.used++ % Way<kForm>::kStages * kStageBytes;
 }

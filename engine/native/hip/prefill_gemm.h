@@ -403,7 +403,7 @@ GPU_DEVICE void gemm(const GemmArgs &a) {
 #if defined(HALO_MMA_SYNC)
     mma::wait<kStages - 2>();
 #endif
-    sync_block();
+    mma::sync_shared();
     fetch<S>(x, s + kStages - 1, 2 * pairs);
     const bool some = s * S::kSplit + share < pairs;
     source.pair += source.pair + S::kSplit < pairs ? S::kSplit : 0;
