@@ -106,7 +106,11 @@ class JsonTokenizer(TextTokenizer):
         data = parse_tokenizer(path, raw)
         added = added_tokens(path, data)
         special = {token["id"] for token in added if token["special"]} | {facts.bos, facts.eos}
-        super().__init__(_token_table(path, data, added, facts.size), special, facts.bos, facts.eos)
+        tokens = _token_table(path, data, added, facts.size)
+        super().__init__(tokens, special, facts.bos, facts.eos)
+        # By id: two of them may have one text.
+        ids = [i for i in self._special_ids if 0 <= i < self.size]
+        self._texts = {i: tokens[i].decode("utf-8", "replace") for i in ids}
         self._path, self._raw = path, raw
         self.adds_space = not is_byte_level(data) and "Strip" in _steps(data, "decoder", "decoders")
         self.strips = {token["id"]: sides for token in added if any(sides := _sides(token))}
@@ -127,8 +131,7 @@ class JsonTokenizer(TextTokenizer):
         return super().fewest_tokens(text) if self._bounded else 0
 
     def _spelled(self, index: int) -> list[int]:
-        text = next(text for text, i in self.special.items() if i == index)
-        ids = [i for letter in text for i in self._run(self._continuing(), letter)]
+        ids = [i for letter in self._texts[index] for i in self._run(self._continuing(), letter)]
         return [i for i in ids if i not in self._special_ids]
 
     def _continuing(self) -> _Hf:
@@ -294,10 +297,15 @@ def _token_table(path: Path, data: dict[str, Any], added: list[dict[str, Any]], 
             tokens[index] = how(text)
         except UnicodeEncodeError:
             raise unusable(path, f"its token {index} is no Unicode text") from None
-    if not is_byte_level(data):
-        lacking = [b for b in range(256) if f"<0x{b:02X}>" not in data["model"]["vocab"]]
-    else:
-        lacking = [b for letter, b in BYTE_OF.items() if letter not in data["model"]["vocab"]]
+    spelled = {f"<0x{b:02X}>": b for b in range(256)}
+    named_bytes = BYTE_OF if is_byte_level(data) else spelled
+    vocabulary = data["model"]["vocab"]
+    # One whose id an added token took for itself has none either.
+    lacking = [
+        b
+        for name, b in named_bytes.items()
+        if name not in vocabulary or tokens[vocabulary[name]] != bytes([b])
+    ]
     if lacking:
         raise unusable(
             path, f"{len(lacking)} of the 256 bytes have no token, the first is {min(lacking):#04x}"

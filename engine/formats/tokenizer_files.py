@@ -126,7 +126,13 @@ def choose_template(
     if source is None:
         return "bitnet", None, ["The checkpoint has no chat template; halo chat uses its template bitnet."]
     try:
+        source.encode()
         ChatTemplate(source, tokenizer.special, dict(facts.names))
+    except UnicodeEncodeError:  # JSON may hold half a surrogate pair
+        note = (
+            "The checkpoint's chat template is no Unicode text; halo chat uses its template bitnet instead."
+        )
+        return "bitnet", None, [note]
     except HaloError as error:
         return "bitnet", None, [f"{error.message} halo chat uses its template bitnet instead."]
     tokenizer.chat_template, tokenizer.names = source, dict(facts.names)

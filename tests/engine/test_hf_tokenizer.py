@@ -173,6 +173,29 @@ def test_a_special_token_that_is_a_word_of_the_vocabulary_is_spelled_out(tmp_pat
     assert ours.special["end"] not in ids and ours.decode(ids) == "end of"
 
 
+def test_two_special_tokens_of_one_text_are_both_spelled_out(tmp_path):
+    """Found by fuzzing: the texts of special tokens are no key to their ids."""
+    data = falcon()
+    data["model"]["ignore_merges"] = True
+    data["model"]["vocab"]["end"] = size_of(data)
+    for number in (data["model"]["vocab"]["end"], data["model"]["vocab"]["end"] + 1):
+        data["added_tokens"].append({**data["added_tokens"][0], "id": number, "content": "end"})
+    library(data)
+    ours, _, _ = opened(tmp_path, data)
+    ids = ours.encode("end of")
+    assert not any(map(ours.is_special, ids)) and ours.decode(ids) == "end of"
+
+
+@pytest.mark.parametrize("make", [falcon, llama2])
+def test_an_added_token_in_the_place_of_a_byte_is_refused(tmp_path, make):
+    """Found by fuzzing: text with that byte would come out as the token's name."""
+    data = make()
+    taken = data["model"]["vocab"]["<0x82>" if make is llama2 else "\u0142"]
+    data["added_tokens"].append({**data["added_tokens"][0], "id": taken, "content": "<gone>"})
+    with pytest.raises(HaloError, match="1 of the 256 bytes have no token"):
+        opened(tmp_path, data)
+
+
 @pytest.mark.parametrize("library_name", ["tokenizers", "sentencepiece"])
 def test_without_its_library_a_tokenizer_is_one_sentence_and_a_command(tmp_path, monkeypatch, library_name):
     monkeypatch.setitem(sys.modules, library_name, None)
@@ -283,7 +306,9 @@ def test_a_template_that_is_bitnets_needs_no_jinja(tmp_path):
     assert files.facts.opening == (files.facts.bos,)
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{{ x | nosuch }}", "x" * 300_000, "\U000f0000"])
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{{ x | nosuch }}", "x" * 300_000, "\U000f0000", "a\ud800"]
+)
 def test_a_broken_template_is_left_out_with_a_note(tmp_path, template):
     """The model still runs; only its own form of a conversation is missing, and the person is told."""
     _, names, files = opened(
