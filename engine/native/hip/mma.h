@@ -53,6 +53,13 @@ GPU_DEVICE void sync_shared() {
 #endif
 }
 
+// Loads from above stay above: the compiler of gfx11 would put some off until their results are wanted.
+GPU_DEVICE void keep_order() {
+#if defined(__HIP__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
 // The wave's number in its block, as a scalar.
 GPU_DEVICE int own_wave() {
 #if defined(__HIP__)

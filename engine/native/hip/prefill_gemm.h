@@ -53,7 +53,7 @@ struct Activations {
   const int8_t *q;
   uint32_t offset[S::kCopies];
 #if !defined(HALO_MMA_SYNC)
-  uint4 coming[S::kCopies];
+  uint32_t coming[S::kCopies][4];
 #endif
 };
 
@@ -85,11 +85,14 @@ GPU_DEVICE void fetch(Activations<S> &x, int stage, int parts) {
 #if defined(HALO_MMA_SYNC)
     if (part < parts) mma::copy16(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i), x.q + offset);
 #else
-    x.coming[i] = *(const uint4 *)(x.q + offset);
+    const uint4 unit = *(const uint4 *)(x.q + offset);
+    x.coming[i][0] = unit.x, x.coming[i][1] = unit.y, x.coming[i][2] = unit.z, x.coming[i][3] = unit.w;
 #endif
   }
 #if defined(HALO_MMA_SYNC)
   mma::commit();
+#else
+  mma::keep_order();
 #endif
 }
 
@@ -99,7 +102,8 @@ GPU_DEVICE void land(Activations<S> &x, int stage) {
 #if !defined(HALO_MMA_SYNC)
   GPU_UNROLL
   for (int i = 0; i < S::kCopies; ++i)
-    *(uint4 *)(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i)) = x.coming[i];
+    *(uint4 *)(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i)) =
+        make_uint4(x.coming[i][0], x.coming[i][1], x.coming[i][2], x.coming[i][3]);
 #endif
 }
 
@@ -279,79 +283,120 @@ GPU_DEVICE void multiply(const GemmArgs &a, Results<S> &r, Weights<S> &w, const 
 
 #endif
 
-// One result, or with the next row's where the epilogue takes two.
-GPU_DEVICE void put(const GemmArgs &a, int token, int row, int sum, int next) {
-  if (token >= a.tokens || row >= a.rows) return;
-  const float x_scale = a.q.scale[token];
-  const int offset = a.q.sum[token];
-  const float y = scaled(sum, offset, a.weight_scale[row], x_scale);
-  float *out = a.out + (size_t)token * a.out_stride;
-  if (a.epilogue == kGated)
-    out[row / 2] = gated(y, scaled(next, offset, a.weight_scale[row + 1], x_scale), a.activation);
-  else
-    out[row] = a.epilogue == kAdd ? out[row] + y : y;
-}
-
 #if defined(HALO_MMA_SYNC)
 
-// Two neighbouring rows of one token.
-GPU_DEVICE void put_two(const GemmArgs &a, int token, int row, const int *sums) {
-  if (a.epilogue == kGated || row + 1 >= a.rows || token >= a.tokens) {
-    put(a, token, row, sums[0], sums[1]);
-    if (a.epilogue != kGated) put(a, token, row + 1, sums[1], 0);
-    return;
-  }
-  const float x_scale = a.q.scale[token];
-  const int offset = a.q.sum[token];
-  const mma::Two scale = *(const mma::Two *)(a.weight_scale + row);
-  mma::Two *out = (mma::Two *)(a.out + (size_t)token * a.out_stride + row);
-  mma::Two y = {scaled(sums[0], offset, scale.x, x_scale), scaled(sums[1], offset, scale.y, x_scale)};
-  if (a.epilogue == kAdd) {
-    const mma::Two old = *out;
-    y.x = old.x + y.x, y.y = old.y + y.y;
-  }
-  *out = y;
+// Two neighbouring floats, of which `some` are there.
+GPU_DEVICE mma::Two load_two(const float *from, int some) {
+  if (some >= 2) return *(const mma::Two *)from;
+  return {some == 1 ? *from : 0.0f, 0.0f};
+}
+GPU_DEVICE void store_two(float *to, mma::Two x, int some) {
+  if (some >= 2)
+    *(mma::Two *)to = x;
+  else if (some == 1)
+    *to = x.x;
 }
 
+// A lane has two neighbouring rows of each tile. What it reads, it reads before it writes anything, since the compiler
+// cannot know that no scale lies in the output.
 template <class S>
 GPU_DEVICE void put_results(const GemmArgs &a, const Results<S> &r, int token, int row) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int kTiles = S::kWaveRows / 8, left = a.rows - row - lane_id() % 4 * 2;
+  const int first = row + lane_id() % 4 * 2;
+  mma::Two scale[kTiles];
   GPU_UNROLL
-  for (int m = 0; m < S::kWaveTokens / 16; ++m) {
+  for (int j = 0; j < kTiles; ++j) scale[j] = load_two(a.weight_scale + first + 8 * j, left - 8 * j);
+  GPU_UNROLL
+  for (int i = 0; i < S::kWaveTokens / 8; ++i) {
+    const int own = token + 8 * i + lane_id() / 4;
+    if (own >= a.tokens) continue;
+    const float x_scale = a.q.scale[own];
+    const int offset = a.q.sum[own];
+    float *out = a.out + (size_t)own * a.out_stride;
+    mma::Two old[kTiles];
     GPU_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      GPU_UNROLL
-      for (int j = 0; j < S::kWaveRows / 8; ++j)
-        put_two(a, token + 16 * m + 8 * h + g, row + 8 * j + 2 * t, &r.of[m][j][2 * h]);
+    for (int j = 0; j < kTiles; ++j)
+      old[j] = a.epilogue == kAdd ? load_two(out + first + 8 * j, left - 8 * j) : mma::Two{0.0f, 0.0f};
+    GPU_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      const int *sums = &r.of[i / 2][j][i % 2 * 2];
+      const float y = scaled(sums[0], offset, scale[j].x, x_scale), z = scaled(sums[1], offset, scale[j].y, x_scale);
+      if (a.epilogue == kGated) {
+        if (left > 8 * j) out[first / 2 + 4 * j] = gated(y, z, a.activation);
+      } else if (a.epilogue == kAdd) {
+        store_two(out + first + 8 * j, {old[j].x + y, old[j].y + z}, left - 8 * j);
+      } else {
+        store_two(out + first + 8 * j, {y, z}, left - 8 * j);
+      }
     }
   }
 }
 
 #else
 
+// What a lane's eight tokens of a tile have. Where there is no token, that of another.
+struct TokenFacts {
+  float scale[8];
+  int offset[8];
+  uint32_t at[8];  // of their outputs
+};
+GPU_DEVICE TokenFacts token_facts(const GemmArgs &a, int token) {
+  TokenFacts t;
+  GPU_UNROLL
+  for (int v = 0; v < 8; ++v) {
+    const int own = token + 2 * v < a.tokens ? token + 2 * v : a.tokens - 1;
+    t.scale[v] = a.q.scale[own];
+    t.offset[v] = a.q.sum[own];
+    t.at[v] = (uint32_t)own * a.out_stride;
+  }
+  return t;
+}
+
 // A lane has one row, its neighbour the other of a pair: one takes four tokens of both, the other the other four.
-GPU_DEVICE void put_gated(const GemmArgs &a, int token, int row, const int *sums) {
-  const bool odd = row % 2;
+GPU_DEVICE void put_gated(const GemmArgs &a, const TokenFacts &t, int token, int row, float scale, const int (&sums)[8]) {
+  const bool odd = row % 2, some = row < a.rows;
+  const float other = shuffle_xor(scale, 1), gate_scale = odd ? other : scale, up_scale = odd ? scale : other;
   GPU_UNROLL
   for (int v = 0; v < 4; ++v) {
     const int early = sums[v], late = sums[v + 4], given = shuffle_xor(odd ? early : late, 1);
-    put(a, token + 2 * (odd ? v + 4 : v), row / 2 * 2, odd ? given : early, odd ? late : given);
+    const int offset = odd ? t.offset[v + 4] : t.offset[v];
+    const float x_scale = odd ? t.scale[v + 4] : t.scale[v];
+    const float gate = scaled(odd ? given : early, offset, gate_scale, x_scale);
+    const float up = scaled(odd ? late : given, offset, up_scale, x_scale);
+    const uint32_t at = (odd ? t.at[v + 4] : t.at[v]) + row / 2;
+    if (some && token + 2 * v + (odd ? 8 : 0) < a.tokens) a.out[at] = gated(gate, up, a.activation);
+  }
+}
+
+// What it reads, it reads before it writes anything, since the compiler cannot know that no scale lies in the output.
+GPU_DEVICE void put_rows(const GemmArgs &a, const TokenFacts &t, int token, int row, float scale, const int (&sums)[8]) {
+  float old[8];
+  GPU_UNROLL
+  for (int v = 0; v < 8; ++v) old[v] = a.epilogue == kAdd ? a.out[t.at[v] + (row < a.rows ? row : a.rows - 1)] : 0.0f;
+  mma::keep_order();
+  GPU_UNROLL
+  for (int v = 0; v < 8; ++v) {
+    const float y = scaled(sums[v], t.offset[v], scale, t.scale[v]);
+    if (row < a.rows && token + 2 * v < a.tokens) a.out[t.at[v] + row] = a.epilogue == kAdd ? old[v] + y : y;
   }
 }
 
 template <class S>
 GPU_DEVICE void put_results(const GemmArgs &a, const Results<S> &r, int token, int row) {
+  const int kTiles = S::kWaveRows / 16, first = row + lane_id() % 16;
+  float scale[kTiles];
   GPU_UNROLL
-  for (int j = 0; j < S::kWaveRows / 16; ++j) {
+  for (int j = 0; j < kTiles; ++j) scale[j] = a.weight_scale[first + 16 * j < a.rows ? first + 16 * j : a.rows - 1];
+  GPU_UNROLL
+  for (int m = 0; m < S::kWaveTokens / 16; ++m) {
+    const int own = token + 16 * m + lane_id() / 16;
+    const TokenFacts t = token_facts(a, own);
     GPU_UNROLL
-    for (int m = 0; m < S::kWaveTokens / 16; ++m) {
-      const int first = token + 16 * m + lane_id() / 16, own = row + 16 * j + lane_id() % 16;
-      if (a.epilogue == kGated) {
-        put_gated(a, first, own, r.of[j][m]);
-        continue;
-      }
-      GPU_UNROLL
-      for (int v = 0; v < 8; ++v) put(a, first + 2 * v, own, r.of[j][m][v], 0);
+    for (int j = 0; j < kTiles; ++j) {
+      if (a.epilogue == kGated)
+        put_gated(a, t, own, first + 16 * j, scale[j], r.of[j][m]);
+      else
+        put_rows(a, t, own, first + 16 * j, scale[j], r.of[j][m]);
     }
   }
 }
@@ -405,7 +450,7 @@ GPU_DEVICE void gemm(const GemmArgs &a) {
 #endif
     mma::sync_shared();
     fetch<S>(x, s + kStages - 1, 2 * pairs);
-    const bool some = s * S::kSplit + share < pairs;
+    const bool some = S::kSplit == 1 || s * S::kSplit + share < pairs;
     source.pair += source.pair + S::kSplit < pairs ? S::kSplit : 0;
     if (some)
       multiply<S>(a, results, weights, shared_memory() + s % kStages * S::kStageBytes, 2 * share, token, source);
