@@ -48,11 +48,25 @@ def render_units(context: UnitContext) -> dict[str, str]:
         "exec_start": _exec_start(context),
         "ip_rules": _ip_rules(context),
         "devices": _devices(context),
-        "deny_write_execute": "no" if context.profile == "strix-halo" else "yes",
+        **_runtime_values(context),
         **_scope_values(context),
     }
     texts = {name: Template((_TEMPLATES / name).read_text()).substitute(values) for name in UNIT_NAMES}
     return texts if context.namespaces else {name: _without_namespaces(text) for name, text in texts.items()}
+
+
+def _runtime_values(context: UnitContext) -> dict[str, str]:
+    """What the GPU's runtime needs beyond the CPU engine.
+
+    It reads /proc/cpuinfo and /proc/meminfo, makes its threads with an affinity (sched_setaffinity is of
+    @resources), binds memory (mbind, the same), and maps code that it wrote.
+    """
+    gpu = context.profile == "strix-halo"
+    return {
+        "deny_write_execute": "no" if gpu else "yes",
+        "proc_subset": "all" if gpu else "pid",
+        "denied_calls": "@privileged" if gpu else "@privileged @resources",
+    }
 
 
 def _without_namespaces(text: str) -> str:

@@ -77,6 +77,21 @@ def test_devices_are_for_strix_halo_alone() -> None:
     assert "DeviceAllow=/dev/kfd rw" in strix and "SupplementaryGroups=render video" in strix
 
 
+def test_the_gpus_runtime_gets_what_it_cannot_do_without_and_the_cpu_nothing_more() -> None:
+    """Without /proc/cpuinfo, or sched_setaffinity for its threads, ROCm's runtime does not start."""
+    cpu = render_units(form("system", "cpu", "127.0.0.1:1"))[SERVICE]
+    strix = render_units(form("system", "strix-halo", "127.0.0.1:1"))[SERVICE]
+    for settings in (
+        "ProcSubset=pid",
+        "MemoryDenyWriteExecute=yes",
+        "SystemCallFilter=~@privileged @resources",
+    ):
+        assert f"\n{settings}\n" in cpu and settings not in strix
+    for settings in ("ProcSubset=all", "MemoryDenyWriteExecute=no", "SystemCallFilter=~@privileged"):
+        assert f"\n{settings}\n" in strix
+    assert "ProtectProc=invisible" in strix and "SystemCallFilter=@system-service" in strix
+
+
 @pytest.mark.parametrize("prefix", ["/with space", "/50%", "/new\nline", "/semi;colon", "/dollar$HOME"])
 def test_prefix_that_a_unit_cannot_carry_is_refused(prefix: str) -> None:
     with pytest.raises(HaloError, match="letter"):

@@ -231,8 +231,8 @@ bool apu_memory(MemoryFacts *facts) {
     size_t total = std::max(gtt, vram), used = number_in((base + pool + "_used").c_str(), nullptr);
     size_t left = total - std::min(used, total);
     if (gtt > vram) {
-      size_t host = available_memory();
-      left = std::min(left, host - std::min(kReserve, host));
+      size_t host = available_memory();  // 0: a container that hides it
+      if (host) left = std::min(left, host - std::min(kReserve, host));
     }
     *facts = {left, total};
     return true;
