@@ -20,12 +20,8 @@ MINIMUM_CMAKE: Final = (3, 20)
 LIBRARY: Final = "libhalo_cpu.so"
 HIP_LIBRARY: Final = "libhalo_hip.so"
 HIP_TARGET: Final = "gfx1151"  # of the profile strix-halo
-# What CMake found and was told for the GPU's library: name in build.json, name in CMake's cache.
-_HIP_FACTS: Final = {
-    "compiler": "HALO_HIP_COMPILER",
-    "runtime": "HALO_HIP_RUNTIME",
-    "include": "HALO_HIP_INCLUDE",
-}
+# By which an owner says where ROCm is; they reach CMake and hipcc alone.
+_ROCM_VARIABLES: Final = ("ROCM_PATH", "HIP_PATH", "HIP_DEVICE_LIB_PATH", "LD_LIBRARY_PATH")
 
 
 @dataclass(frozen=True)
@@ -107,11 +103,12 @@ def build_native(
     hint = f"the log has the compiler's words; by hand: cmake -S {source} -B BUILD && cmake --build BUILD"
     if hip:
         hint = f"{hint} (with -DHALO_HIP=ON); without the GPU: halo install --profile cpu"
+    env = {name: os.environ[name] for name in _ROCM_VARIABLES if name in os.environ} if hip else {}
     configure = _configure(source, build, tools, hip=hip)
-    run(configure, log=log, what="The native engine cannot be configured", hint=hint, tick=tick)
+    run(configure, log=log, env=env, what="The native engine cannot be configured", hint=hint, tick=tick)
     jobs = str(os.cpu_count() or 1)
     compile_argv: list[str | Path] = [tools.cmake, "--build", build, "-j", jobs]
-    run(compile_argv, log=log, what="The native engine cannot be built", hint=hint, tick=tick)
+    run(compile_argv, log=log, env=env, what="The native engine cannot be built", hint=hint, tick=tick)
     lib.mkdir(parents=True, exist_ok=True)
     for name in libraries(hip=hip):
         shutil.copyfile(build / name, lib / name)
@@ -132,7 +129,7 @@ def _configure(source: Path, build: Path, tools: Toolchain, *, hip: bool) -> lis
 
 
 def describe(tools: Toolchain, lib: Path, build: Path, *, hip: bool = False) -> dict[str, Any]:
-    """build.json: compiler, flags, needed C library, the libraries' sha256; under `hip` what made the GPU's."""
+    """build.json: compiler, flags, needed C library, sha256 of the libraries; of the GPU's more, in `hip`."""
     cache = (build / "CMakeCache.txt").read_text(errors="replace")
     flags = re.findall(r"^CMAKE_CXX_FLAGS(?:_RELEASE)?:STRING=(.*)$", cache, re.MULTILINE)
     made = [lib / name for name in libraries(hip=hip)]
@@ -152,13 +149,13 @@ def describe(tools: Toolchain, lib: Path, build: Path, *, hip: bool = False) -> 
 def describe_hip(library: Path, cache: str) -> dict[str, Any]:
     """Of the GPU's library: the GPUs it has code for, its compiler and the compiler's flags."""
     entries = dict(re.findall(r"^(HALO_HIP\w*):\w+=(.*)$", cache, re.MULTILINE))
-    found = {name: entries.get(entry, "") for name, entry in _HIP_FACTS.items()}
+    compiler = entries.get("HALO_HIP_COMPILER", "")
     asked = [target for target in entries.get("HALO_HIP_TARGETS", "").split(";") if target]
     return {
         "targets": code_objects(library) or asked,
-        "compiler": _version(Path(found["compiler"])) if found["compiler"] else "",
-        "program": found["compiler"],
-        "runtime": found["runtime"],
+        "compiler": _version(Path(compiler)) if compiler else "",
+        "program": compiler,
+        "runtime": entries.get("HALO_HIP_RUNTIME", ""),
         "flags": entries.get("HALO_HIP_FLAGS", "").replace(";", " "),
     }
 

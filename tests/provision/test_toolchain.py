@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import shutil
@@ -9,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from checks.case import Case, Installed
+from checks.install import check_install
 from engine.errors import HaloError
 from provision.bundle import prebuilt_library
+from provision.context import Context
+from provision.desired import Desired
+from provision.journal import Journal
+from provision.layout import Layout
+from provision.render import Screen
 from provision.run import Log
+from provision.steps import engine as engine_step
 from provision.toolchain import (
     HIP_LIBRARY,
     LIBRARY,
@@ -21,6 +30,7 @@ from provision.toolchain import (
     describe_hip,
     system_toolchain,
 )
+from tests.checks.boxes import plain
 from tests.provision.conftest import CHECKOUT
 
 # The options of engine/native/CMakeLists.txt, over a source of one line; LACKS makes it a box without ROCm.
@@ -37,7 +47,7 @@ if(HALO_HIP STREQUAL ON)
     message(FATAL_ERROR "halo: HALO_HIP is ON, and ROCm cannot be used: no hipcc and no amdclang++")
   endif()
   set(HALO_HIP_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
-  set(HALO_HIP_RUNTIME /opt/rocm/lib/libamdhip64.so CACHE FILEPATH "")
+  set(HALO_HIP_RUNTIME $ENV{ROCM_PATH}/lib/libamdhip64.so CACHE FILEPATH "")
   set(HALO_HIP_FLAGS "-O3 -ffp-contract=off" CACHE STRING "")
   add_library(halo_hip SHARED ${CMAKE_BINARY_DIR}/one.cpp)
   target_compile_definitions(halo_hip PRIVATE SAYS="hipv4-amdgcn-amd-amdhsa--${HALO_HIP_TARGETS}")
@@ -63,15 +73,16 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_the_gpus_library_and_what_made_it_are_recorded(
-    tmp_path: Path, source: Path, tools: Toolchain
+    tmp_path: Path, source: Path, tools: Toolchain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ROCM_PATH", "/srv/my-rocm")
     lib = tmp_path / "lib"
     facts = build_native(source, tmp_path / "build", lib, tools, Log(), hip=True)
     assert facts == json.loads((lib / "build.json").read_text())
     assert facts["hip"]["targets"] == ["gfx1151"]
     assert facts["hip"]["program"] == str(tools.compiler) and facts["hip"]["compiler"]
     assert facts["hip"]["flags"] == "-O3 -ffp-contract=off"
-    assert facts["hip"]["runtime"] == "/opt/rocm/lib/libamdhip64.so"
+    assert facts["hip"]["runtime"] == "/srv/my-rocm/lib/libamdhip64.so", "the owner's place reaches CMake"
     assert set(facts["sha256"]) == {LIBRARY, HIP_LIBRARY}
     assert {path.name for path in lib.iterdir()} == {LIBRARY, HIP_LIBRARY, "build.json"}
 
@@ -153,6 +164,60 @@ def test_an_empty_bundle_serves_nobody(tmp_path: Path) -> None:
     assert prebuilt_library(tmp_path) is None and prebuilt_library(tmp_path, hip=True) is None
     shutil.rmtree(tmp_path)
     assert prebuilt_library(tmp_path, hip=True) is None
+
+
+@pytest.fixture
+def strix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """An install for a Strix Halo, just before its engine step; its venv is somebody else's test."""
+    monkeypatch.setattr(engine_step, "ensure_venv", lambda _: None)
+    monkeypatch.setattr(engine_step, "run", lambda *_, **__: None)
+    prefix = tmp_path / "halo"
+    layout = Layout("user", prefix, prefix / "state", tmp_path / "units", tmp_path / "bin/halo")
+    screen = Screen(io.StringIO(), terminal=False)
+    ctx = Context(
+        layout, Desired("strix-halo"), tmp_path, screen, Log(), name="0.1.0-ab", profile="strix-halo"
+    )
+    ctx.journal = Journal.start(tmp_path / "journal", "install")
+    (ctx.directory / "lib").mkdir(parents=True)
+    (ctx.directory / "build").mkdir()
+    return ctx
+
+
+def judged(ctx: Context) -> list[str]:
+    """What the doctor says of the manifest that such a step leads to."""
+    manifest = {"profile": ctx.profile, "compiler": ctx.build, "files": {}}
+    installed = Installed("/p", "/p/g", manifest, exists=True)
+    case = Case(plain().facts(), "cpu", installed=installed)
+    return [finding.id for finding in check_install(case)]
+
+
+def test_the_step_builds_both_libraries_and_the_doctor_reads_what_it_records(
+    strix: Context, source: Path, tools: Toolchain
+) -> None:
+    native = strix.directory / "src/engine/native"
+    shutil.copytree(source, native)
+    strix.tools = tools
+    assert HIP_LIBRARY in engine_step.plan(strix)[-1].what
+    engine_step.apply(strix)
+    assert {p.name for p in (strix.directory / "lib").iterdir()} == {LIBRARY, HIP_LIBRARY, "build.json"}
+    assert strix.changes == [f"build {LIBRARY} and {HIP_LIBRARY}"]
+    assert judged(strix) == []
+    strix.build["hip"]["targets"] = ["gfx1100"]
+    assert judged(strix) == ["engine.no-code-object"]
+
+
+def test_the_step_takes_both_libraries_from_a_bundle_that_has_them(strix: Context, tmp_path: Path) -> None:
+    strix.bundle = bundle(tmp_path / "bundle", {"targets": ["gfx1151"]}, LIBRARY, HIP_LIBRARY)
+    engine_step.apply(strix)
+    assert {p.name for p in (strix.directory / "lib").iterdir()} == {LIBRARY, HIP_LIBRARY, "build.json"}
+    assert judged(strix) == []
+
+
+def test_a_bundle_without_the_gpus_library_needs_a_compiler_there(strix: Context, tmp_path: Path) -> None:
+    """The CPU's alone would be an install that says strix-halo and never uses its GPU."""
+    strix.bundle = bundle(tmp_path / "bundle", None, LIBRARY)
+    with pytest.raises(HaloError, match="no compiler"):
+        engine_step.apply(strix)
 
 
 _IN_FORKY = """
