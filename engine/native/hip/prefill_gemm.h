@@ -47,49 +47,44 @@ struct GemmShape {
   }
 };
 
-// The stages of activations on their way.
+// A stage of activations on its way, where it comes through registers.
 template <class S>
 struct Activations {
-  const int8_t *q;
-  uint32_t offset[S::kCopies];
 #if !defined(HALO_MMA_SYNC)
   uint32_t coming[S::kCopies][4];
 #endif
 };
 
+// The unit that copy i of a thread is: its part, token and number in a stage.
+struct Unit {
+  int part, token, unit;
+};
 template <class S>
-GPU_DEVICE void begin(Activations<S> &x, const GemmArgs &a, int first_token) {
-  x.q = a.q.q;
-  GPU_UNROLL
-  for (int i = 0; i < S::kCopies; ++i) {
-    const int at = thread_id() + i * kThreads, part = at / S::kUnits / S::kTokens;
-    const int token = first_token + at / S::kUnits % S::kTokens;
-    x.offset[i] = (uint32_t)(token < a.tokens ? token : a.tokens - 1) * a.q.stride + part * S::kPart + at % S::kUnits * 16;
-  }
-}
-
-// Where copy i goes, in a stage.
-template <class S>
-GPU_DEVICE int target(int i) {
-  const int at = thread_id() + i * kThreads;
-  return S::at(at / S::kUnits / S::kTokens, at / S::kUnits % S::kTokens, at % S::kUnits);
+GPU_DEVICE Unit unit_of(int thread, int i) {
+  const int at = thread + i * kThreads;
+  return {at / S::kUnits / S::kTokens, at / S::kUnits % S::kTokens, at % S::kUnits};
 }
 
 // Send a stage on its way. `parts`: of all columns; beyond them it does not matter what comes, as long as it can be read.
 template <class S>
-GPU_DEVICE void fetch(Activations<S> &x, int stage, int parts) {
+GPU_DEVICE void fetch(Activations<S> &x, const GemmArgs &a, int first_token, int stage, int parts) {
+  const int thread = mma::fresh(thread_id());
   GPU_UNROLL
   for (int i = 0; i < S::kCopies; ++i) {
-    const int part = stage * 2 * S::kSplit + (thread_id() + i * kThreads) / S::kUnits / S::kTokens;
-    const uint32_t offset = part < parts ? x.offset[i] + (uint32_t)stage * 2 * S::kSplit * S::kPart : 0;
+    const Unit u = unit_of<S>(thread, i);
+    const int part = stage * 2 * S::kSplit + u.part, token = first_token + u.token;
+    const int8_t *from = a.q.q + ((uint32_t)(token < a.tokens ? token : a.tokens - 1) * a.q.stride +
+                                  (part < parts ? part : 0) * S::kPart + u.unit * 16);
 #if defined(HALO_MMA_SYNC)
-    if (part < parts) mma::copy16(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i), x.q + offset);
+    uint8_t *to = shared_memory() + stage % kStages * S::kStageBytes + S::at(u.part, u.token, u.unit);
+    if (part < parts) mma::copy16(to, from);
 #else
-    const uint4 unit = *(const uint4 *)(x.q + offset);
+    const uint4 unit = *(const uint4 *)from;
     x.coming[i][0] = unit.x, x.coming[i][1] = unit.y, x.coming[i][2] = unit.z, x.coming[i][3] = unit.w;
 #endif
   }
 #if defined(HALO_MMA_SYNC)
+  (void)x;
   mma::commit();
 #else
   mma::keep_order();
@@ -99,11 +94,16 @@ GPU_DEVICE void fetch(Activations<S> &x, int stage, int parts) {
 // Put down what came through registers.
 template <class S>
 GPU_DEVICE void land(Activations<S> &x, int stage) {
-#if !defined(HALO_MMA_SYNC)
+#if defined(HALO_MMA_SYNC)
+  (void)x, (void)stage;
+#else
+  const int thread = mma::fresh(thread_id());
   GPU_UNROLL
-  for (int i = 0; i < S::kCopies; ++i)
-    *(uint4 *)(shared_memory() + stage % kStages * S::kStageBytes + target<S>(i)) =
+  for (int i = 0; i < S::kCopies; ++i) {
+    const Unit u = unit_of<S>(thread, i);
+    *(uint4 *)(shared_memory() + stage % kStages * S::kStageBytes + S::at(u.part, u.token, u.unit)) =
         make_uint4(x.coming[i][0], x.coming[i][1], x.coming[i][2], x.coming[i][3]);
+  }
 #endif
 }
 
@@ -151,33 +151,54 @@ GPU_DEVICE void load_weights(Weights<S> &w, const GemmArgs &a, const Source &fro
 
 // Lane (g, t) has 16 columns in a word, 16 t to 16 t + 15 of the part: the 16 bytes that it needs of tokens g and g + 8.
 template <class S>
+GPU_DEVICE void load_tokens(uint4 (&x)[2], const uint8_t *stage, int part, int token) {
+  x[0] = *(const uint4 *)(stage + S::at(part, token + lane_id() / 4, lane_id() % 4));
+  x[1] = *(const uint4 *)(stage + S::at(part, token + lane_id() / 4 + 8, lane_id() % 4));
+}
+
+// Either half of those with the codes that they meet.
+GPU_DEVICE void multiply_half(int *sums, const uint4 (&x)[2], int half, const uint32_t *codes) {
+  const uint32_t early[4] = {x[0].x, x[1].x, x[0].y, x[1].y}, late[4] = {x[0].z, x[1].z, x[0].w, x[1].w};
+  mma::multiply8<true>(sums, half ? late : early, codes[2 * half], codes[2 * half + 1]);
+}
+
+GPU_DEVICE void expand(uint32_t (&codes)[4], uint32_t word) {
+  GPU_UNROLL
+  for (int s = 0; s < 4; ++s) codes[s] = word >> 2 * s & 0x03030303u;
+}
+
+// Of tokens and codes, the operands that want fewer registers are all kept, the others come one by one.
+template <class S>
 GPU_DEVICE void multiply_two_bits(const GemmArgs &a, Results<S> &r, Weights<S> &w, const uint8_t *stage, int part,
                                   int token, const Source &next) {
-  const int kM = S::kWaveTokens / 16, g = lane_id() / 4, t = lane_id() % 4;
+  const int kM = S::kWaveTokens / 16, kTiles = Weights<S>::kTiles;
   HALO_MMA_LOOP  // twice the code would want more registers than there are
   for (int p = 0; p < 2; ++p) {
-    uint4 low[kM], high[kM];
-    GPU_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      low[m] = *(const uint4 *)(stage + S::at(part + p, token + 16 * m + g, t));
-      high[m] = *(const uint4 *)(stage + S::at(part + p, token + 16 * m + g + 8, t));
-    }
-    GPU_UNROLL
-    for (int j = 0; j < Weights<S>::kTiles; ++j) {
-      const uint32_t word = w.words[0][j], mask = 0x03030303u;
+    if (kTiles * 4 < kM * 8) {
+      uint32_t codes[kTiles][4];
+      GPU_UNROLL
+      for (int j = 0; j < kTiles; ++j) expand(codes[j], w.words[0][j]);
       GPU_UNROLL
       for (int m = 0; m < kM; ++m) {
-        const uint32_t x[4] = {low[m].x, high[m].x, low[m].y, high[m].y};
-        mma::multiply8<true>(r.of[m][j], x, word & mask, word >> 2 & mask);
+        uint4 x[2];
+        load_tokens<S>(x, stage, part + p, token + 16 * m);
+        GPU_UNROLL
+        for (int j = 0; j < 2 * kTiles; ++j) multiply_half(r.of[m][j % kTiles], x, j / kTiles, codes[j % kTiles]);
       }
+    } else {
+      uint4 x[kM][2];
       GPU_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        const uint32_t x[4] = {low[m].z, high[m].z, low[m].w, high[m].w};
-        mma::multiply8<true>(r.of[m][j], x, word >> 4 & mask, word >> 6 & mask);
+      for (int m = 0; m < kM; ++m) load_tokens<S>(x[m], stage, part + p, token + 16 * m);
+      GPU_UNROLL
+      for (int j = 0; j < kTiles; ++j) {
+        uint32_t codes[4];
+        expand(codes, w.words[0][j]);
+        GPU_UNROLL
+        for (int m = 0; m < 2 * kM; ++m) multiply_half(r.of[m % kM][j], x[m % kM], m / kM, codes);
       }
     }
     GPU_UNROLL
-    for (int j = 0; j < Weights<S>::kTiles; ++j) w.words[0][j] = w.words[1][j];
+    for (int j = 0; j < kTiles; ++j) w.words[0][j] = w.words[1][j];
     load_weights<S>(w, a, next, p, 1);
   }
 }
@@ -438,10 +459,9 @@ GPU_DEVICE void gemm(const GemmArgs &a) {
   let_next_start();
   wait_for_previous();
   Activations<S> x;
-  begin<S>(x, a, first_token);
   GPU_UNROLL
   for (int s = 0; s < kStages - 1; ++s) {
-    fetch<S>(x, s, 2 * pairs);
+    fetch<S>(x, a, first_token, s, 2 * pairs);
     land<S>(x, s);
   }
   for (int s = 0; s < stages; ++s) {
@@ -449,7 +469,7 @@ GPU_DEVICE void gemm(const GemmArgs &a) {
     mma::wait<kStages - 2>();
 #endif
     mma::sync_shared();
-    fetch<S>(x, s + kStages - 1, 2 * pairs);
+    fetch<S>(x, a, first_token, s + kStages - 1, 2 * pairs);
     const bool some = S::kSplit == 1 || s * S::kSplit + share < pairs;
     source.pair += source.pair + S::kSplit < pairs ? S::kSplit : 0;
     if (some)
@@ -477,7 +497,8 @@ const bool kHasWide = true;
 GPU_KERNEL(kThreads) halo_gemm_wide_2(GemmArgs a) { gemm<Wide<Packing::two_bits>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_wide_3(GemmArgs a) { gemm<Wide<Packing::base_three>>(a); }
 #endif
-GPU_KERNEL(kThreads) halo_gemm_middle_2(GemmArgs a) { gemm<Middle<Packing::two_bits>>(a); }
+#define HALO_TWO_BLOCKS kThreads, 2  // on an SM: 128 registers a lane there; gfx11 is within its bounds anyway
+GPU_KERNEL(HALO_TWO_BLOCKS) halo_gemm_middle_2(GemmArgs a) { gemm<Middle<Packing::two_bits>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_narrow_2(GemmArgs a) { gemm<Narrow<Packing::two_bits>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_middle_3(GemmArgs a) { gemm<Middle<Packing::base_three>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_narrow_3(GemmArgs a) { gemm<Narrow<Packing::base_three>>(a); }
