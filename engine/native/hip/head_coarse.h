@@ -1,5 +1,6 @@
 // The coarse pass of the output head: an upper bound of every logit, and each block's best rows, from six bits a
-// weight. One token by dot products, with the final norm in it; 8 or 16 by the matrix units. Device code.
+// weight. Here one token (by dot products, with the final norm in it), what several share with it, and how the layout is
+// made; several tokens are head_many.h's. Device code.
 #pragma once
 #include "head_state.h"
 #include "mma.h"
@@ -28,6 +29,14 @@ GPU_DEVICE void head_load(const uint4 *p, HeadLevels &w) {
     const uint4 v = load_once(p + kWave * i);
     w.word[4 * i] = v.x, w.word[4 * i + 1] = v.y, w.word[4 * i + 2] = v.z, w.word[4 * i + 3] = v.w;
   }
+}
+
+// What stands before this is not moved behind it by gfx1151's compiler, nor the other way round: it would gather loads
+// until the registers are used up, and wait for all of them at once.
+GPU_DEVICE void head_in_order() {
+#if defined(__HIP_DEVICE_COMPILE__)
+  __builtin_amdgcn_sched_barrier(0);
+#endif
 }
 
 // Levels of columns 4 i to 4 i + 3 of a lane's 64.
@@ -95,12 +104,21 @@ struct HeadRoom {
   }
 };
 
+// The number of the wave, told to the compiler as one and the same in all lanes.
+GPU_DEVICE int head_wave() {
+#if defined(__HIP_DEVICE_COMPILE__)
+  return __builtin_amdgcn_readfirstlane(wave_id());
+#else
+  return wave_id();
+#endif
+}
+
 // Neighbouring groups of tiles: one stream of memory for each wave.
 struct HeadStream {
   int first, last;
 };
 GPU_DEVICE HeadStream head_stream(int groups) {
-  const long long waves = (long long)block_count() * kHeadWaves, wave = (long long)block_id() * kHeadWaves + wave_id();
+  const long long waves = (long long)block_count() * kHeadWaves, wave = block_id() * kHeadWaves + head_wave();
   return {(int)(wave * groups / waves), (int)((wave + 1) * groups / waves)};
 }
 
@@ -127,7 +145,8 @@ struct HeadSteps {
 GPU_DEVICE HeadSteps head_steps(int tile, int last, int steps) {
   if (tile >= last) return {0, 0, 0, 0};
   const long long all = (long long)(last - tile < kHeadTiles ? last - tile : kHeadTiles) * steps;
-  const int first = (int)(all * wave_id() / kHeadWaves), end = (int)(all * (wave_id() + 1) / kHeadWaves);
+  const int first = (int)(all * head_wave() / kHeadWaves), end = (int)(all * (head_wave() + 1) / kHeadWaves);
+  if (first == end) return {0, 0, 0, 0};
   return {(size_t)tile * steps + first, first / steps, first % steps, end - first};
 }
 
@@ -145,30 +164,75 @@ GPU_DEVICE void head_step(const HeadLevels &w, const uint8_t *x, int &high, int 
   }
 }
 
+// What a wave has on its way: two steps, whose registers take turns.
+struct HeadFlow {
+  HeadLevels first, second;
+};
+
+// A wave's share of the steps, each row's sums added to `sums` [row][high, low]; `then` is what it will get next. In
+// the end flow.first has the first step of that. Loads are never conditional: gfx1151's compiler would wait for them
+// where the condition ends. What is not wanted is read again from where the wave is.
+GPU_DEVICE void head_share(const HeadCoarseArgs &a, const HeadSteps &own, const HeadSteps &then, const uint8_t *x,
+                           HeadFlow &flow, int *sums) {
+  const int steps = a.own.steps, part = lane_id() / 8;
+  const uint4 *p = a.tiles + own.begin * kHeadStepWords + lane_id();
+  const uint4 *behind = a.tiles + then.begin * kHeadStepWords + lane_id();
+  int local = own.tile, s = own.in_tile, high = 0, low = 0;
+  x += part * HeadChunk<1>::kBytes;
+  // Step i of the share, whose weights are there; the same registers then wait for step i + 2.
+  const auto take = [&](HeadLevels &w, int i) {
+    head_step(w, x + (size_t)4 * s * HeadChunk<1>::kBytes, high, low);
+    const int ahead = i + 2 - own.count;  // only the last share of all can have less than two steps
+    const uint4 *later = ahead < then.count ? behind + ahead * kHeadStepWords : p;
+    head_load(ahead < 0 ? p + 2 * kHeadStepWords : later, w);
+    head_in_order();
+    p += kHeadStepWords;
+    if (++s < steps && i + 1 < own.count) return;
+    high += shuffle_xor(high, 8), low += shuffle_xor(low, 8);
+    high += shuffle_xor(high, 16), low += shuffle_xor(low, 16);
+    if (part < 2) atomic_add(&sums[2 * (8 * local + lane_id() % 8) + part], part ? low : high);
+    ++local;
+    s = high = low = 0;
+  };
+  for (int i = 0; i < own.count; i += 2) {
+    take(flow.first, i);
+    if (i + 1 < own.count) take(flow.second, i + 1);
+  }
+  if (own.count % 2) {
+    const HeadLevels later = flow.first;
+    flow.first = flow.second;
+    flow.second = later;
+  }
+}
+
+// What may be on its way before the hidden state is there, and some memory more.
+GPU_DEVICE HeadFlow head_begin(const HeadCoarseArgs &a, const HeadSteps &own) {
+  const uint4 *p = a.tiles + own.begin * kHeadStepWords;
+  HeadFlow flow;
+  head_load(p + lane_id(), flow.first);
+  head_load(p + (own.count > 1 ? kHeadStepWords : 0) + lane_id(), flow.second);
+  if (lane_id() < 12 * (own.count - 2)) head_prefetch((const uint8_t *)(p + 2 * kHeadStepWords) + 128 * lane_id());
+  return flow;
+}
+
 // The waves of a block share the steps of its tiles, up to kHeadTiles of them at once: one stream of memory for each
-// wave, of which two steps are always on their way. The rows' integer sums meet in shared memory, where the order does
-// not matter.
+// wave. The rows' integer sums meet in shared memory, where the order does not matter.
 GPU_KERNEL(kHeadThreads) halo_head_coarse_1(HeadCoarseArgs a) {
   const int kRowsOfThread = kHeadTiles * 8 / kHeadThreads;
   let_next_start();
   const HeadRoom<1> room = HeadRoom<1>::of(shared_memory());
-  int *sums = (int *)(room.x + (size_t)4 * a.own.steps * HeadChunk<1>::kBytes);  // [row][high, low]
-  float *row_of_x = (float *)(sums + 2 * 8 * kHeadTiles);
-  const int steps = a.own.steps, part = lane_id() / 8;
+  int *sums = (int *)(room.x + (size_t)4 * a.own.steps * HeadChunk<1>::kBytes);
   const int first = (int)((long long)a.tile_count * block_id() / block_count());
   const int last = (int)((long long)a.tile_count * (block_id() + 1) / block_count());
-  HeadSteps own = head_steps(first, last, steps);
-  const uint4 *p = a.tiles + own.begin * kHeadStepWords;
-  HeadLevels next = {}, second = {};
-  if (own.count > 0) head_load(p + lane_id(), next);
-  if (own.count > 1) head_load(p + kHeadStepWords + lane_id(), second);
-  if (lane_id() < 12 * (own.count - 2)) head_prefetch((const uint8_t *)(p + 2 * kHeadStepWords) + 128 * lane_id());
+  HeadSteps own = head_steps(first, last, a.own.steps);
+  HeadFlow flow = head_begin(a, own);
   wait_for_previous();
   const auto store = [&](int i, uint32_t high, uint32_t low) {
     uint32_t *at = (uint32_t *)(room.x + (size_t)(i / 16) * HeadChunk<1>::kBytes) + i % 16;
     at[0] = high;
     at[16] = low;
   };
+  float *row_of_x = (float *)(sums + 2 * 8 * kHeadTiles);
   const HeadToken token = head_normed(a.own, 0, block_id() == 0, row_of_x, room.scratch, store);
   HeadBest best = head_nothing();
   for (int tile = first; tile < last; tile += kHeadTiles) {
@@ -181,184 +245,20 @@ GPU_KERNEL(kHeadThreads) halo_head_coarse_1(HeadCoarseArgs a) {
       sums[2 * row] = 0, sums[2 * row + 1] = 0;
     }
     sync_block();
-    const HeadSteps then = head_steps(tile + kHeadTiles, last, steps);
-    int local = own.tile, s = own.in_tile, high = 0, low = 0;
-    for (int i = 1; i <= own.count; ++i) {
-      const HeadLevels now = next;
-      next = second;
-      const int ahead = i + 1 - own.count;  // only the last share can have less than two steps
-      if (ahead < then.count)
-        head_load(a.tiles + (ahead < 0 ? own.begin + i + 1 : then.begin + ahead) * kHeadStepWords + lane_id(), second);
-      head_step(now, room.x + (size_t)(4 * s + part) * HeadChunk<1>::kBytes, high, low);
-      if (++s < steps && i < own.count) continue;
-      high += shuffle_xor(high, 8), low += shuffle_xor(low, 8);
-      high += shuffle_xor(high, 16), low += shuffle_xor(low, 16);
-      if (part < 2) atomic_add(&sums[2 * (8 * local + lane_id() % 8) + part], part ? low : high);
-      ++local;
-      s = high = low = 0;
-    }
+    const HeadSteps then = head_steps(tile + kHeadTiles, last, a.own.steps);
+    head_share(a, own, then, room.x, flow, sums);
+    own = then;
     sync_block();
     GPU_UNROLL
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int in = thread_id() + i * kHeadThreads, row = 8 * tile + in;
       if (in < rows && row < a.vocab) head_bounds(a, token, 0, row, sums[2 * in], sums[2 * in + 1], facts[i], best);
     }
-    own = then;
   }
   for (int mask = 1; mask < kWave; mask *= 2) head_better(best, head_other(best, mask));
   if (lane_id() == 0) room.found[wave_id()] = best;
   head_report<1>(a, room.found);
 }
-
-// ---- several tokens ----
-
-// Reads the parts of all tokens into shared memory; tokens beyond the last are the last.
-template <int kTokens>
-GPU_DEVICE void head_stage(const HeadCoarseArgs &a, const HeadRoom<kTokens> &room) {
-  const int words = a.own.steps * (kHeadStepCols / 16);  // of 16 bytes, of one vector
-  for (int i = thread_id(); i < 2 * kTokens * words; i += kHeadThreads) {
-    const int v = i / words, at = i % words, t = v / 2 < a.count ? v / 2 : a.count - 1;
-    uint8_t *to = room.x + (size_t)(at / 4) * HeadChunk<kTokens>::kBytes + HeadChunk<kTokens>::kVector * v;
-    ((uint4 *)to)[at % 4] = ((const uint4 *)a.parts)[(size_t)(2 * t + v % 2) * words + at];
-  }
-  if (thread_id() < kTokens) room.tokens[thread_id()] = a.tokens[thread_id() < a.count ? thread_id() : a.count - 1];
-  sync_block();
-}
-
-// The product of 16 rows, two tiles, with 2 kTokens vectors. Vectors 2 t and 2 t + 1 are high and low of token t.
-#if defined(HALO_MMA_SYNC)
-
-// Lane 4 g + t holds row g of either tile and part t of a step's columns, and sums of tokens 4 i + t.
-template <int kTokens>
-struct HeadProduct {
-  static const int kLoads = 2, kOwn = kTokens / 4;  // kOwn: tokens of which a lane gets results
-  int acc[kOwn][4];
-
-  GPU_DEVICE size_t slot(int r, size_t tile_words) { return r * tile_words + lane_id() / 4 + lane_id() % 4 * 8; }
-  GPU_DEVICE void step(HeadProduct &p, const HeadLevels (&w)[kLoads], const uint8_t *x) {
-    x += lane_id() % 4 * HeadChunk<kTokens>::kBytes + lane_id() / 4 * HeadChunk<kTokens>::kVector;
-    GPU_UNROLL
-    for (int q = 0; q < 4; ++q) {
-      const uint32_t a[4] = {head_levels(w[0], 4 * q), head_levels(w[1], 4 * q), head_levels(w[0], 4 * q + 1),
-                             head_levels(w[1], 4 * q + 1)};
-      const uint32_t b[4] = {head_levels(w[0], 4 * q + 2), head_levels(w[1], 4 * q + 2), head_levels(w[0], 4 * q + 3),
-                             head_levels(w[1], 4 * q + 3)};
-      GPU_UNROLL
-      for (int i = 0; i < kOwn; ++i) {
-        const uint4 v = ((const uint4 *)(x + 8 * i * HeadChunk<kTokens>::kVector))[q];
-        mma::multiply8<false>(p.acc[i], a, v.x, v.y);
-        mma::multiply8<false>(p.acc[i], b, v.z, v.w);
-      }
-    }
-  }
-  // give(i, token, row of the 16, high, low), rows rising.
-  template <class Give>
-  GPU_DEVICE void results(const HeadProduct &p, Give give) {
-    GPU_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      GPU_UNROLL
-      for (int i = 0; i < kOwn; ++i)
-        give(i, 4 * i + lane_id() % 4, 8 * r + lane_id() / 4, p.acc[i][2 * r], p.acc[i][2 * r + 1]);
-    }
-  }
-  GPU_DEVICE bool first_of_token() { return lane_id() < 4; }
-  GPU_DEVICE int token(int i) { return 4 * i + lane_id() % 4; }
-  static const int kMasks = 3;  // lanes of one token differ in these
-  GPU_DEVICE int mask(int m) { return 4 << m; }
-};
-
-#else
-
-// Lane l holds row l % 16 of the 16, all four parts of a step one after the other, and sums of vector l % 16 of each
-// 16; even and odd lanes then share the rows of a token.
-template <int kTokens>
-struct HeadProduct {
-  static const int kLoads = 4, kOwn = kTokens / 8;
-  int acc[kOwn][8];
-
-  GPU_DEVICE size_t slot(int r, size_t tile_words) { return lane_id() % 16 / 8 * tile_words + lane_id() % 8 + 8 * r; }
-  GPU_DEVICE void step(HeadProduct &p, const HeadLevels (&w)[kLoads], const uint8_t *x) {
-    x += lane_id() % 16 * HeadChunk<kTokens>::kVector;
-    GPU_UNROLL
-    for (int r = 0; r < kLoads; ++r) {
-      GPU_UNROLL
-      for (int q = 0; q < 4; ++q) {
-        const uint4 u = make_uint4(head_levels(w[r], 4 * q), head_levels(w[r], 4 * q + 1), head_levels(w[r], 4 * q + 2),
-                                   head_levels(w[r], 4 * q + 3));
-        GPU_UNROLL
-        for (int i = 0; i < kOwn; ++i) {
-          const uint8_t *v = x + r * HeadChunk<kTokens>::kBytes + 16 * i * HeadChunk<kTokens>::kVector;
-          mma::multiply16<1, false, true>(&p.acc[i], &u, ((const uint4 *)v)[q]);
-        }
-      }
-    }
-  }
-  template <class Give>
-  GPU_DEVICE void results(const HeadProduct &p, Give give) {
-    const int odd = lane_id() % 2;
-    GPU_UNROLL
-    for (int v = 0; v < 4; ++v) {
-      GPU_UNROLL
-      for (int i = 0; i < kOwn; ++i) {
-        const int other = shuffle_xor(odd ? p.acc[i][v] : p.acc[i][v + 4], 1);
-        give(i, token(i), 2 * (v + 4 * odd) + lane_id() / 16, odd ? other : p.acc[i][v], odd ? p.acc[i][v + 4] : other);
-      }
-    }
-  }
-  GPU_DEVICE bool first_of_token() { return lane_id() < 16 && lane_id() % 2 == 0; }
-  GPU_DEVICE int token(int i) { return 8 * i + lane_id() % 16 / 2; }
-  static const int kMasks = 2;
-  GPU_DEVICE int mask(int m) { return m ? 16 : 1; }
-};
-
-#endif
-
-template <int kTokens>
-GPU_DEVICE void head_coarse(const HeadCoarseArgs &a) {
-  typedef HeadProduct<kTokens> Product;
-  let_next_start();
-  const HeadRoom<kTokens> room = HeadRoom<kTokens>::of(shared_memory());
-  const int steps = a.own.steps;
-  const size_t tile_words = (size_t)steps * kHeadStepWords;
-  const HeadStream own = head_stream(a.tile_count / 2);
-  const uint4 *p = a.tiles + (size_t)own.first * 2 * tile_words;
-  HeadLevels next[Product::kLoads] = {};
-  const auto load = [&] {
-    GPU_UNROLL
-    for (int r = 0; r < Product::kLoads; ++r) head_load(p + Product::slot(r, tile_words), next[r]);
-  };
-  if (own.first < own.last) load();
-  wait_for_previous();
-  head_stage<kTokens>(a, room);
-  HeadBest best[Product::kOwn];
-  GPU_UNROLL
-  for (int i = 0; i < Product::kOwn; ++i) best[i] = head_nothing();
-  for (int group = own.first; group < own.last; ++group) {
-    Product product = {};
-    for (int s = 0; s < steps; ++s) {
-      HeadLevels now[Product::kLoads];
-      GPU_UNROLL
-      for (int r = 0; r < Product::kLoads; ++r) now[r] = next[r];
-      const bool ends = s + 1 == steps;
-      p += ends ? kHeadStepWords + tile_words : kHeadStepWords;
-      if (!ends || group + 1 < own.last) load();
-      Product::step(product, now, room.x + (size_t)4 * s * HeadChunk<kTokens>::kBytes);
-    }
-    Product::results(product, [&](int i, int t, int in, int high, int low) {
-      const int row = 16 * group + in;
-      if (row < a.vocab && t < a.count) head_bounds(a, room.tokens[t], t, row, high, low, a.facts[row], best[i]);
-    });
-  }
-  GPU_UNROLL
-  for (int i = 0; i < Product::kOwn; ++i) {
-    for (int m = 0; m < Product::kMasks; ++m) head_better(best[i], head_other(best[i], Product::mask(m)));
-    if (Product::first_of_token()) room.found[wave_id() * kTokens + Product::token(i)] = best[i];
-  }
-  head_report<kTokens>(a, room.found);
-}
-
-GPU_KERNEL(kHeadThreads) halo_head_coarse_8(HeadCoarseArgs a) { head_coarse<8>(a); }
-GPU_KERNEL(kHeadThreads) halo_head_coarse_16(HeadCoarseArgs a) { head_coarse<16>(a); }
 
 // ---- the layout: once, at load ----
 

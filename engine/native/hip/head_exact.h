@@ -1,7 +1,7 @@
 // Exact logits of the few rows that matter: the arg max of a token (with noise, or not), and what is near it. A row is
 // taken by a half-wave, whose lanes are the 16 lanes of the defined sum. Device code.
 #pragma once
-#include "head_coarse.h"
+#include "head_many.h"
 
 namespace halo {
 
