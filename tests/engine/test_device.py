@@ -20,6 +20,7 @@ from engine.bench_report import shape_of
 from engine.device import ABI_VERSION, BACKENDS, choose_backend, find_library, load_library
 from engine.errors import EXIT_COULD_NOT_RUN, EXIT_ERROR, HaloError
 from engine.formats.prepared import prepare
+from engine.roofline import decode_step
 from engine.server.serve import serve_service
 from engine.server.sockets import bind
 from tests.engine.conftest import random_model
@@ -377,3 +378,38 @@ def test_a_report_of_the_simulated_gpu_has_its_kernels(simulated: Path, tmp_path
     assert done.returncode in (0, 2), done.stderr
     assert "backend sim (HALO_BACKEND=sim): simulated" in done.stdout
     assert "1.0 GB/s (stated)" in done.stdout and "| gate and up | 2 |" in done.stdout
+
+
+STEPS = """
+import sys
+from engine.backend import NativeModel
+with NativeModel.open(sys.argv[1]) as model, model.session(context=32) as session:
+    token = session.run_argmax([1], [0], [0], [True])
+    for at in range(int(sys.argv[2])):
+        token = session.run_argmax(token, [0], [at + 1], [True])
+"""
+
+
+def test_a_decode_step_has_the_launches_that_the_roofline_counts(simulated: Path, prepared: Path) -> None:
+    """Counted by a device that is lost after so many kernels and copies: what one more step takes."""
+
+    def lasts(kernels: int, steps: int) -> bool:
+        env = {**os.environ, "HALO_LIB_DIR": str(simulated), "PYTHONPATH": str(Path(__file__).parents[2])}
+        argv = [sys.executable, "-c", STEPS, str(prepared), str(steps)]
+        done = subprocess.run(
+            argv,
+            env={**env, "HALO_SIM_FAULT": f"lost={kernels}"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0 or "DeviceLost" in done.stderr, done.stderr
+        return done.returncode == 0
+
+    least, most = 0, 4096  # kernels that one step, with what loads the model, outlasts, and does not
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if lasts(middle, 1) else (middle, most)
+    _, said = decoded(prepared, simulated)
+    launches = decode_step(shape_of(prepared, said), 2).launches
+    assert lasts(most + launches, 2) and not lasts(most + launches - 1, 2)
