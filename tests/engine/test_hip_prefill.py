@@ -25,7 +25,7 @@ DRIVER = Path(__file__).with_name("hip_prefill_driver.cpp")
 SOURCES = ["hip/runtime.cpp", "hip/sim.cpp"]
 TWO_BITS, BASE_THREE = 0, 1
 STORE, ADD, GATED = 0, 1, 2
-WIDE, MIDDLE, NARROW, CHOSEN = 0, 1, 2, -2
+WIDE, MIDDLE, SMALL, NARROW, CHOSEN = 0, 1, 2, 3, -2
 STEP = (256, 320)  # columns of a step of either packing
 FORMS = ("f16", "int8", "rotor3")
 UNSUPPORTED = 4
@@ -158,7 +158,7 @@ class Product:
 
 
 @pytest.mark.parametrize("packing", [TWO_BITS, BASE_THREE])
-@pytest.mark.parametrize("shape", [WIDE, MIDDLE, NARROW])
+@pytest.mark.parametrize("shape", [WIDE, MIDDLE, SMALL, NARROW])
 @pytest.mark.parametrize(
     ("tokens", "rows", "cols", "epilogues"),
     [

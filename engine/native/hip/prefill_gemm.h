@@ -488,6 +488,8 @@ using Wide = GemmShape<kPacking, 128, 256, 64, 64>;
 template <Packing kPacking>
 using Middle = GemmShape<kPacking, 128, 128, 64, 32>;
 template <Packing kPacking>
+using Small = GemmShape<kPacking, 64, 64, 32, 32>;
+template <Packing kPacking>
 using Narrow = GemmShape<kPacking, 32, 64, 32, 32>;
 
 #if defined(__HIP__)
@@ -499,6 +501,8 @@ GPU_KERNEL(kThreads) halo_gemm_wide_3(GemmArgs a) { gemm<Wide<Packing::base_thre
 #endif
 #define HALO_TWO_BLOCKS kThreads, 2  // on an SM: 128 registers a lane there; gfx11 is within its bounds anyway
 GPU_KERNEL(HALO_TWO_BLOCKS) halo_gemm_middle_2(GemmArgs a) { gemm<Middle<Packing::two_bits>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_small_2(GemmArgs a) { gemm<Small<Packing::two_bits>>(a); }
+GPU_KERNEL(kThreads) halo_gemm_small_3(GemmArgs a) { gemm<Small<Packing::base_three>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_narrow_2(GemmArgs a) { gemm<Narrow<Packing::two_bits>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_middle_3(GemmArgs a) { gemm<Middle<Packing::base_three>>(a); }
 GPU_KERNEL(kThreads) halo_gemm_narrow_3(GemmArgs a) { gemm<Narrow<Packing::base_three>>(a); }
@@ -514,36 +518,38 @@ GemmKernel gemm_kernel(void (*kernel)(GemmArgs)) {
   return {kernel, S::kTokens, S::kRows, (size_t)kStages * S::kStageBytes};
 }
 
-// Shape 0, 1 or 2: wide, middle, narrow.
+const int kGemmShapes = 4;  // wide, middle, small, narrow
+
 inline GemmKernel gemm_shape(int shape, Packing packing) {
   const bool two = packing == Packing::two_bits;
+  const Packing a = Packing::two_bits, b = Packing::base_three;
 #if !defined(__HIP__)
-  if (shape == 0)
-    return two ? gemm_kernel<Wide<Packing::two_bits>>(halo_gemm_wide_2)
-               : gemm_kernel<Wide<Packing::base_three>>(halo_gemm_wide_3);
+  if (shape == 0) return two ? gemm_kernel<Wide<a>>(halo_gemm_wide_2) : gemm_kernel<Wide<b>>(halo_gemm_wide_3);
 #endif
-  if (shape < 2)
-    return two ? gemm_kernel<Middle<Packing::two_bits>>(halo_gemm_middle_2)
-               : gemm_kernel<Middle<Packing::base_three>>(halo_gemm_middle_3);
-  return two ? gemm_kernel<Narrow<Packing::two_bits>>(halo_gemm_narrow_2)
-             : gemm_kernel<Narrow<Packing::base_three>>(halo_gemm_narrow_3);
+  if (shape < 2) return two ? gemm_kernel<Middle<a>>(halo_gemm_middle_2) : gemm_kernel<Middle<b>>(halo_gemm_middle_3);
+  if (shape == 2) return two ? gemm_kernel<Small<a>>(halo_gemm_small_2) : gemm_kernel<Small<b>>(halo_gemm_small_3);
+  return two ? gemm_kernel<Narrow<a>>(halo_gemm_narrow_2) : gemm_kernel<Narrow<b>>(halo_gemm_narrow_3);
 }
 
 inline Grid gemm_grid(const GemmKernel &k, const GemmArgs &a) {
   return {(a.tokens + k.tokens - 1) / k.tokens, (a.rows + k.rows - 1) / k.rows};
 }
 
-// The largest rectangles of which there are enough to fill the device. `forced`: that shape (tests), or -1.
+// What a shape costs: results that the busiest multiprocessor makes, and what small rectangles make slower by an estimate
+// of what they read for each product.
+inline double gemm_cost(int shape, const GemmArgs &a, Packing packing, int multiprocessors) {
+  const double slower[kGemmShapes] = {1.0, 1.05, 1.3, 1.7};
+  const GemmKernel k = gemm_shape(shape, packing);
+  const Grid grid = gemm_grid(k, a);
+  const long long turns = ((long long)grid.x * grid.y + multiprocessors - 1) / multiprocessors;
+  return slower[shape] * (double)turns * k.tokens * k.rows;
+}
+
+// `forced`: that shape (tests), or -1.
 inline void launch_gemm_kernel(const GemmArgs &a, Packing packing, int multiprocessors, int forced, Stream &stream) {
-  auto blocks = [&](int shape) {
-    const Grid grid = gemm_grid(gemm_shape(shape, packing), a);
-    return (long long)grid.x * grid.y;
-  };
   int shape = forced;
-  if (shape < 0) {
-    shape = kHasWide && blocks(0) >= 2 * multiprocessors ? 0 : 1;
-    if (shape == 1 && (a.tokens <= 64 || 2 * blocks(1) < multiprocessors)) shape = 2;
-  }
+  for (int i = kHasWide ? 0 : 1; i < kGemmShapes && forced < 0; ++i)
+    if (shape < 0 || gemm_cost(i, a, packing, multiprocessors) < gemm_cost(shape, a, packing, multiprocessors)) shape = i;
   const GemmKernel k = gemm_shape(shape, packing);
   launch(k.kernel, gemm_grid(k, a), kThreads, k.shared, stream, a);
 }
