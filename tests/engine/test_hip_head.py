@@ -36,15 +36,17 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["HALO_SIM_WMMA", "HALO_SIM_MMA_SYNC"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The driver with the simulated device and the CPU's head, built once for its sources."""
+    """The driver with the simulated device and the CPU's head, built once for its sources and each kind of
+    matrix unit."""
     cache = getattr(request.config, "cache", None)
     kept = os.environ.get("HALO_TEST_BUILD") or (cache.mkdir("halo-native") if cache else None)
     folder = Path(kept or tmp_path_factory.mktemp("head")) / native_digest()
     folder.mkdir(parents=True, exist_ok=True)
-    built = folder / f"head-{hash(DRIVER.read_bytes()) & 0xFFFFFFFF:x}-{os.getpid()}.so"
-    flags = ["-std=c++17", "-O1", "-DHALO_SIM", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
+    built = folder / f"head-{request.param}-{os.getpid()}.so"
+    flags = f"-std=c++17 -O1 -DHALO_SIM -D{request.param} -ffp-contract=off -U_FORTIFY_SOURCE".split()
+    flags += ["-fPIC", "-shared"]
     if platform.machine() == "x86_64":
         flags.append("-mfma")
     files = [str(DRIVER), *(str(NATIVE / name) for name in SOURCES)]
@@ -174,6 +176,7 @@ def same_bits(a: Array, b: Array) -> bool:
 
 
 Opener = Callable[..., Head]
+WMMA = pytest.mark.parametrize("library", ["HALO_SIM_WMMA"], indirect=True)  # for what is the same on either
 
 
 @pytest.fixture
@@ -216,6 +219,7 @@ def test_odd_shapes_give_the_oracles_tokens_and_logits(
         assert same_bits(logits, row[ids])
 
 
+@WMMA
 def test_the_coarse_head_is_repacked_level_by_level(library: ctypes.CDLL, opened: Opener) -> None:
     """Also what fills it up: columns and rows that are not there have level 0."""
     head = states(37, 300, seed=2)
@@ -240,6 +244,7 @@ def test_any_number_of_rows_is_the_rows_one_by_one(opened: Opener, count: int) -
         both.draw(x, gumbel(count, 130), 1.0, 130)
 
 
+@WMMA
 @pytest.mark.parametrize(
     "kind, norm",
     [*itertools.product(HEADS, ("even", "one outlier")), ("gaussian", "tiny"), ("gaussian", "nothing")],
@@ -256,6 +261,7 @@ def test_no_head_misleads_the_two_stages(opened: Opener, kind: str, norm: str) -
         both.draw(x, gumbel(2, VOCAB, scale), depth, room)
 
 
+@WMMA
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 3e38])
 def test_a_head_whose_logits_are_no_numbers_is_an_error_not_a_token(
@@ -272,6 +278,7 @@ def test_a_head_whose_logits_are_no_numbers_is_an_error_not_a_token(
     assert both.library.driver_logits(both.handle, at(both.rows(x)), None, count, at(out[0]), at(out[1])) == 0
 
 
+@WMMA
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_hidden_state_that_is_no_number_is_an_error_and_then_forgotten(
@@ -286,6 +293,7 @@ def test_a_hidden_state_that_is_no_number_is_an_error_and_then_forgotten(
     assert both.argmax(x)[1].tolist() == both.oracle(x).argmax(axis=1).tolist()
 
 
+@WMMA
 def test_zeros_of_either_sign_tie_and_the_lowest_id_wins(opened: Opener) -> None:
     head = -np.abs(states(40, 16, seed=4))
     head[11], head[12], head[30] = -0.0, 0.0, -0.0
@@ -295,6 +303,7 @@ def test_zeros_of_either_sign_tie_and_the_lowest_id_wins(opened: Opener) -> None
     assert both.draw(x, np.zeros((2, 40), np.float32), 0.0, 40)[2][0][0].tolist() == [11, 12, 30]
 
 
+@WMMA
 def test_noise_that_forbids_a_token_is_obeyed(opened: Opener) -> None:
     both = opened(states(300, 64, seed=3))
     x = states(1, 64)
@@ -306,6 +315,7 @@ def test_noise_that_forbids_a_token_is_obeyed(opened: Opener) -> None:
     assert winners[0] == np.argsort(-both.oracle(x)[0], kind="stable")[1]
 
 
+@WMMA
 @pytest.mark.parametrize("room", [1, 2, 255, 256, 599, 600, 601, 5000])
 def test_more_near_tokens_than_room_are_said_to_be_so(opened: Opener, room: int) -> None:
     """All 600 are near: the list is whole or there is none, and nothing is written beside it."""
@@ -315,6 +325,7 @@ def test_more_near_tokens_than_room_are_said_to_be_so(opened: Opener, room: int)
     assert [len(ids) for ids, _ in near] == [600 if room >= 600 else 0] * 3
 
 
+@WMMA
 def test_a_hidden_size_that_no_block_can_hold_is_refused_when_it_is_loaded(opened: Opener) -> None:
     both = opened(np.zeros((3, 40000), np.float32))
     assert both.status == UNSUPPORTED

@@ -48,7 +48,7 @@ GPU_DEVICE uint32_t head_levels(const HeadLevels &w, int i) {
 
 // 128 bytes that will be wanted soon: into the L2, where the target can be told so.
 GPU_DEVICE void head_prefetch(const uint8_t *p) {
-#if defined(HALO_MMA_SYNC)
+#if defined(HALO_MMA_SYNC) && !defined(HALO_SIM)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #else
   (void)p;
@@ -104,21 +104,12 @@ struct HeadRoom {
   }
 };
 
-// The number of the wave, told to the compiler as one and the same in all lanes.
-GPU_DEVICE int head_wave() {
-#if defined(__HIP_DEVICE_COMPILE__)
-  return __builtin_amdgcn_readfirstlane(wave_id());
-#else
-  return wave_id();
-#endif
-}
-
 // Neighbouring groups of tiles: one stream of memory for each wave.
 struct HeadStream {
   int first, last;
 };
 GPU_DEVICE HeadStream head_stream(int groups) {
-  const long long waves = (long long)block_count() * kHeadWaves, wave = block_id() * kHeadWaves + head_wave();
+  const long long waves = (long long)block_count() * kHeadWaves, wave = block_id() * kHeadWaves + mma::own_wave();
   return {(int)(wave * groups / waves), (int)((wave + 1) * groups / waves)};
 }
 
@@ -145,7 +136,7 @@ struct HeadSteps {
 GPU_DEVICE HeadSteps head_steps(int tile, int last, int steps) {
   if (tile >= last) return {0, 0, 0, 0};
   const long long all = (long long)(last - tile < kHeadTiles ? last - tile : kHeadTiles) * steps;
-  const int first = (int)(all * head_wave() / kHeadWaves), end = (int)(all * (head_wave() + 1) / kHeadWaves);
+  const int first = (int)(all * mma::own_wave() / kHeadWaves), end = (int)(all * (mma::own_wave() + 1) / kHeadWaves);
   if (first == end) return {0, 0, 0, 0};
   return {(size_t)tile * steps + first, first / steps, first % steps, end - first};
 }

@@ -21,7 +21,6 @@ GPU_DEVICE void head_stage(const HeadCoarseArgs &a, const HeadRoom<kTokens> &roo
 // The product of 16 rows, two tiles, with 2 kTokens vectors; 2 t and 2 t + 1 are high and low of token t. It holds the
 // weights of a step, and gets those of the next one while it multiplies.
 #if defined(HALO_MMA_SYNC)
-#define HALO_HEAD_KERNEL extern "C" __global__ void __launch_bounds__(kHeadThreads, 2)
 
 // Lane 4 g + t holds row g of either tile and part t of a step's columns, and sums of tokens 4 i + t.
 template <int kTokens>
@@ -74,7 +73,6 @@ struct HeadProduct {
 };
 
 #else
-#define HALO_HEAD_KERNEL GPU_KERNEL(kHeadThreads)
 
 // Lane l holds row l % 16 of the 16, all four parts of a step one after the other, and sums of vector l % 16 of each
 // 16; even and odd lanes then share the rows of a token.
@@ -169,7 +167,12 @@ GPU_DEVICE void head_coarse(const HeadCoarseArgs &a) {
   head_report<kTokens>(a, room.found);
 }
 
-// Two blocks on a multiprocessor are as many as there are.
+// Two blocks on a multiprocessor are as many as there are, and nvcc has to be told.
+#if defined(HALO_MMA_SYNC) && !defined(HALO_SIM)
+#define HALO_HEAD_KERNEL extern "C" __global__ void __launch_bounds__(kHeadThreads, 2)
+#else
+#define HALO_HEAD_KERNEL GPU_KERNEL(kHeadThreads)
+#endif
 HALO_HEAD_KERNEL halo_head_coarse_8(HeadCoarseArgs a) { head_coarse<8>(a); }
 HALO_HEAD_KERNEL halo_head_coarse_16(HeadCoarseArgs a) { head_coarse<16>(a); }
 
