@@ -1,6 +1,6 @@
 // The coarse pass of the output head: an upper bound of every logit, and each block's best rows, from six bits a
-// weight. Here one token (by dot products, with the final norm in it), what several share with it, and how the layout is
-// made; several tokens are head_many.h's. Device code.
+// weight. Here one token (by dot products, with the final norm in it), what several share with it, and how the layout
+// is made; several tokens are head_many.h's. Device code.
 #pragma once
 #include "head_state.h"
 #include "mma.h"
