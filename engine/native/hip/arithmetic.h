@@ -90,10 +90,10 @@ struct RowFacts {
 
 // 1 / sqrt(mean(x^2) + eps) of a row of `filled` floats in shared memory, of which n count (the rest are 0). The first
 // wave works, its halves alike; the block meets once, so that `result` (shared) may be read. Each lane's chain of fused
-// operations is what this takes, so the next 16 elements are read while it works.
+// operations is what this takes, so the next elements are read while it works.
 GPU_DEVICE void inverse_rms(const float *row, int n, int filled, float eps, float *result) {
   if (wave_id() == 0) {
-    const int kAtOnce = 16;
+    const int kAtOnce = 8;
     const float *own = row + lane_id() % 16;
     const int steps = filled / 16;
     float sum = 0.0f, next[kAtOnce];
@@ -136,25 +136,96 @@ GPU_DEVICE uint32_t normed_row(const float *x, const float *norm, int n, float e
   return block_max<kThreads>(most, scratch);
 }
 
-// The same, and then quantised: int8 in q (any memory), zeros from n to `padded` (a multiple of 4).
+GPU_DEVICE uint32_t quantized_byte(float y, float scale) {
+  float v = nearest(y * scale);
+  v = v > 127.0f ? 127.0f : v < -128.0f ? -128.0f : v;
+  return (uint32_t)((int)v & 255);
+}
+
+GPU_DEVICE float quantum(uint32_t bits) {
+  const float most = bits < kInfinityBits ? float_of(bits) : 1.0f;
+  return 127.0f / (most > 1e-5f ? most : 1e-5f);
+}
+
+// For rows of which no thread has more than this many fours.
+const int kFours = 4;
+
+// quantized_row() with the row in registers all along; only the sum of squares goes through shared memory.
+template <int kThreads>
+GPU_DEVICE RowFacts quantized_fours(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
+                                    uint32_t *scratch) {
+  const int filled = (n + 15) / 16 * 16, waves = kThreads / kWave;
+  uint4 own[kFours], weights[kFours];
+  GPU_UNROLL
+  for (int g = 0; g < kFours; ++g) {
+    const int i = thread_id() + g * kThreads;
+    own[g] = 4 * i < filled ? ((const uint4 *)x)[i] : make_uint4(0, 0, 0, 0);
+    if (norm) weights[g] = 4 * i < filled ? ((const uint4 *)norm)[i] : make_uint4(0, 0, 0, 0);
+  }
+  if (norm) {
+    GPU_UNROLL
+    for (int g = 0; g < kFours; ++g)
+      if (4 * (thread_id() + g * kThreads) < filled) ((uint4 *)row)[thread_id() + g * kThreads] = own[g];
+    sync_block();
+    inverse_rms(row, n, filled, eps, (float *)scratch + 2 * waves);
+    const float inverse = ((float *)scratch)[2 * waves];
+    GPU_UNROLL
+    for (int g = 0; g < kFours; ++g) {
+      own[g].x = bits_of(float_of(own[g].x) * inverse * float_of(weights[g].x));
+      own[g].y = bits_of(float_of(own[g].y) * inverse * float_of(weights[g].y));
+      own[g].z = bits_of(float_of(own[g].z) * inverse * float_of(weights[g].z));
+      own[g].w = bits_of(float_of(own[g].w) * inverse * float_of(weights[g].w));
+    }
+  }
+  uint32_t most = 0;
+  GPU_UNROLL
+  for (int g = 0; g < kFours; ++g) {
+    const uint32_t sizes[4] = {own[g].x & 0x7fffffffu, own[g].y & 0x7fffffffu, own[g].z & 0x7fffffffu, own[g].w & 0x7fffffffu};
+    GPU_UNROLL
+    for (int k = 0; k < 4; ++k) most = sizes[k] > most ? sizes[k] : most;
+  }
+  most = wave_max(most);
+  if (lane_id() == 0) scratch[wave_id()] = most;
+  sync_block();
+  GPU_UNROLL
+  for (int w = 0; w < waves; ++w) most = scratch[w] > most ? scratch[w] : most;
+  const float scale = quantum(most);
+  const bool is_finite = most < kInfinityBits;
+  int sum = 0;
+  GPU_UNROLL
+  for (int g = 0; g < kFours; ++g) {
+    const int i = thread_id() + g * kThreads;
+    uint32_t word = quantized_byte(float_of(own[g].x), scale) | quantized_byte(float_of(own[g].y), scale) << 8 |
+                    quantized_byte(float_of(own[g].z), scale) << 16 | quantized_byte(float_of(own[g].w), scale) << 24;
+    if (!is_finite) word = 0;
+    if (4 * i < padded) ((uint32_t *)q)[i] = word;  // what lies behind the row has been 0 throughout
+    sum = dot4_ss(word, 0x01010101u, sum);
+  }
+  for (int i = thread_id() + kFours * kThreads; 4 * i < padded; i += kThreads) ((uint32_t *)q)[i] = 0;
+  sum = wave_sum(sum);
+  if (lane_id() == 0) scratch[waves + wave_id()] = (uint32_t)sum;
+  sync_block();
+  sum = 0;
+  GPU_UNROLL
+  for (int w = 0; w < waves; ++w) sum += (int)scratch[waves + w];
+  return {scale, sum, is_finite};
+}
+
+// x as normed_row() has it, and then quantised: int8 in q (any memory), zeros from n to `padded` (a multiple of 4). The
+// block has met when it returns. scratch: 2 words a wave, and one.
 template <int kThreads>
 GPU_DEVICE RowFacts quantized_row(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
                                   uint32_t *scratch) {
-  uint32_t bits = normed_row<kThreads>(x, norm, n, eps, row, scratch);
-  bool is_finite = bits < kInfinityBits;
-  float most = is_finite ? float_of(bits) : 1.0f;
-  float scale = 127.0f / (most > 1e-5f ? most : 1e-5f);
   const int filled = (n + 15) / 16 * 16;
+  if (filled <= 4 * kFours * kThreads) return quantized_fours<kThreads>(x, norm, n, eps, padded, row, q, scratch);
+  const uint32_t bits = normed_row<kThreads>(x, norm, n, eps, row, scratch);
+  const bool is_finite = bits < kInfinityBits;
+  const float scale = quantum(bits);
   int sum = 0;
   for (int i = thread_id(); i < padded / 4; i += kThreads) {
     uint32_t word = 0;
-    if (4 * i < filled && is_finite) {
-      for (int b = 0; b < 4; ++b) {
-        float v = nearest(row[4 * i + b] * scale);
-        v = v > 127.0f ? 127.0f : v < -128.0f ? -128.0f : v;
-        word |= (uint32_t)((int)v & 255) << 8 * b;
-      }
-    }
+    if (4 * i < filled && is_finite)
+      for (int b = 0; b < 4; ++b) word |= quantized_byte(row[4 * i + b], scale) << 8 * b;
     ((uint32_t *)q)[i] = word;
     sum = dot4_ss(word, 0x01010101u, sum);
   }

@@ -57,19 +57,19 @@ struct Fetched {
 };
 
 // Threads that share an element's positions.
-GPU_DEVICE int value_parts(int width) { return kThreads / width > 1 ? kThreads / width : 1; }
+GPU_DEVICE int value_parts(int width) { return kWideThreads / width > 1 ? kWideThreads / width : 1; }
 
 template <KvStore kForm>
 GPU_DEVICE bool fits_registers(int width) {
   const int parts = value_parts(width);
-  return kForm != KvStore::f16 && width / 16 <= kFetched && parts * width <= kThreads &&
+  return kForm != KvStore::f16 && width / 16 <= kFetched && parts * width <= kWideThreads &&
          (kBlockOfKv / 16 + parts - 1) / parts <= kFetched;
 }
 
 // `limit` positions of the block, of which the last may not be in the cache yet: its bytes are put in by patch().
 template <KvStore kForm>
 GPU_DEVICE void fetch(Fetched &f, const KvHead &kv, int width, int block, int limit) {
-  const int j = thread_id(), parts = value_parts(width), d = j % width, part = j / width;
+  const int j = thread_id() % kBlockOfKv, parts = value_parts(width), d = thread_id() % width, part = thread_id() / width;
   GPU_UNROLL
   for (int c = 0; c < kFetched; ++c)
     if (j < limit && c < width / 16) f.keys[c] = kv_key_chunk<kForm>(kv, width, block * kBlockOfKv + j, c);
@@ -89,7 +89,7 @@ GPU_DEVICE void set_byte(uint4 &w, int i, uint32_t byte) {
 
 // The new position (the block's number `last`) into what was fetched before it was written.
 GPU_DEVICE void patch(Fetched &f, const AttentionRoom &r, int width, int last) {
-  const int j = thread_id(), parts = value_parts(width), d = j % width, part = j / width;
+  const int j = thread_id() % kBlockOfKv, parts = value_parts(width), d = thread_id() % width, part = thread_id() / width;
   if (j == last)
     GPU_UNROLL
     for (int c = 0; c < kFetched; ++c)
@@ -102,7 +102,7 @@ GPU_DEVICE void patch(Fetched &f, const AttentionRoom &r, int width, int last) {
 // Scores of this block's positions: a thread a position, all query heads of the group, four at a time.
 GPU_DEVICE void float_scores(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, int block, int limit, int group) {
   const int width = a.kv.width;
-  for (int j = thread_id(); j < limit; j += kThreads)
+  for (int j = thread_id(); j < limit; j += kWideThreads)
     for (int first = 0; first < group; first += 4) {
       const int some = group - first < 4 ? group - first : 4;
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -123,77 +123,93 @@ GPU_DEVICE void float_scores(const AttentionArgs &a, const AttentionRoom &r, con
     }
 }
 
-GPU_DEVICE void add_key_chunk(int (&sum)[4], const uint4 &k, const int8_t *q8, int width, int some) {
+GPU_DEVICE void add_key_chunk(int (&sum)[2], const uint4 &k, const int8_t *q8, int width, int some) {
   GPU_UNROLL
-  for (int g = 0; g < 4; ++g) {
+  for (int g = 0; g < 2; ++g) {
     if (g < some) {
       uint4 q = *(const uint4 *)(q8 + g * width);
-      sum[g] = dot4_ss(k.x, q.x, sum[g]);
-      sum[g] = dot4_ss(k.y, q.y, sum[g]);
-      sum[g] = dot4_ss(k.z, q.z, sum[g]);
-      sum[g] = dot4_ss(k.w, q.w, sum[g]);
+      sum[g] = dot4_ss(k.x, q.x, dot4_ss(k.y, q.y, sum[g]));
+      sum[g] = dot4_ss(k.z, q.z, dot4_ss(k.w, q.w, sum[g]));
     }
   }
 }
 
+// The halves of the block share the heads, two at a time.
 template <KvStore kForm>
 GPU_DEVICE void whole_scores(const AttentionRoom &r, const KvHead &kv, const Fetched &f, bool fetched, int width, int block,
                              int limit, int group) {
-  for (int j = thread_id(); j < limit; j += kThreads)
-    for (int first = 0; first < group; first += 4) {
-      const int some = group - first < 4 ? group - first : 4;
-      const int8_t *q8 = r.q8 + first * width;
-      int sum[4] = {0, 0, 0, 0};
-      if (fetched) {
-        GPU_UNROLL
-        for (int c = 0; c < kFetched; ++c)
-          if (c < width / 16) add_key_chunk(sum, f.keys[c], q8 + 16 * c, width, some);
-      } else {
-        for (int c = 0; c < width / 16; ++c)
-          add_key_chunk(sum, kv_key_chunk<kForm>(kv, width, block * kBlockOfKv + j, c), q8 + 16 * c, width, some);
-      }
-      const float scale = r.key_scales[j];
+  const int j = thread_id() % kBlockOfKv;
+  if (j >= limit) return;
+  for (int first = thread_id() / kBlockOfKv * 2; first < group; first += kWideThreads / kBlockOfKv * 2) {
+    const int some = group - first < 2 ? group - first : 2;
+    const int8_t *q8 = r.q8 + first * width;
+    int sum[2] = {0, 0};
+    if (fetched) {
       GPU_UNROLL
-      for (int g = 0; g < 4; ++g)
-        if (g < some) r.scores[(first + g) * kBlockOfKv + j] = (float)sum[g] * scale * r.q_scales[first + g];
+      for (int c = 0; c < kFetched; ++c)
+        if (c < width / 16) add_key_chunk(sum, f.keys[c], q8 + 16 * c, width, some);
+    } else {
+      for (int c = 0; c < width / 16; ++c)
+        add_key_chunk(sum, kv_key_chunk<kForm>(kv, width, block * kBlockOfKv + j, c), q8 + 16 * c, width, some);
     }
+    const float scale = r.key_scales[j];
+    GPU_UNROLL
+    for (int g = 0; g < 2; ++g)
+      if (g < some) r.scores[(first + g) * kBlockOfKv + j] = (float)sum[g] * scale * r.q_scales[first + g];
+  }
+}
+
+GPU_DEVICE float wave_most(float x) {
+  for (int half = 16; half; half /= 2) {
+    const float other = shuffle_xor(x, half);
+    x = other > x ? other : x;
+  }
+  return x;
 }
 
 // Scores to weights, a wave a head: their largest score, their sum in 16 lanes, and of the integer forms the bytes of the
-// weights in 15 bits of their largest.
+// weights in 15 bits of their largest. Lane l has positions l, l + 32, ...: number 2 k of a sum's lane l, and of lane l - 16
+// number 2 k + 1.
 template <KvStore kForm>
 GPU_DEVICE void block_weights(const AttentionRoom &r, int limit, int group) {
-  const int lane = lane_id();
-  for (int g = wave_id(); g < group; g += kThreads / kWave) {
+  const int lane = lane_id(), kOwn = kBlockOfKv / kWave;
+  for (int g = wave_id(); g < group; g += kWideThreads / kWave) {
     float *scores = r.scores + g * kBlockOfKv;
-    float top = scores[0];
-    for (int j = lane; j < limit; j += kWave) top = scores[j] > top ? scores[j] : top;
-    for (int half = 16; half; half /= 2) {
-      float other = shuffle_xor(top, half);
-      top = other > top ? other : top;
+    float own[kOwn], top = scores[0];
+    GPU_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      own[k] = lane + kWave * k < limit ? scores[lane + kWave * k] : top;
+      top = own[k] > top ? own[k] : top;
     }
-    for (int j = lane; j < kBlockOfKv; j += kWave) scores[j] = j < limit ? exp_of(scores[j] - top) : 0.0f;
-    sync_wave();
+    top = wave_most(top);
     float sum = 0.0f;
-    for (int j = lane % 16; j < limit; j += 16) sum = sum + scores[j];
+    GPU_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      own[k] = lane + kWave * k < limit ? exp_of(own[k] - top) : 0.0f;
+      const float other = shuffle_xor(own[k], 16);
+      sum = sum + (lane < 16 ? own[k] : other);
+      sum = sum + (lane < 16 ? other : own[k]);
+    }
     sum = add_lanes(sum);
     if (lane == 0) r.tops[g] = top, r.totals[g] = sum;
-    if (kForm == KvStore::f16) continue;
+    if (kForm == KvStore::f16) {
+      GPU_UNROLL
+      for (int k = 0; k < kOwn; ++k) scores[lane + kWave * k] = own[k];
+      continue;
+    }
     float most = 1e-30f;
-    const float *scales = r.value_scales;
-    for (int j = lane; j < limit; j += kWave) {
-      float w = scores[j] * scales[j];
-      most = w > most ? w : most;
+    GPU_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      own[k] = lane + kWave * k < limit ? own[k] * r.value_scales[lane + kWave * k] : 0.0f;
+      most = own[k] > most ? own[k] : most;
     }
-    for (int half = 16; half; half /= 2) {
-      float other = shuffle_xor(most, half);
-      most = other > most ? other : most;
-    }
+    most = wave_most(most);
     const float factor = 32767.0f / most;
-    for (int j = lane; j < kBlockOfKv; j += kWave) {
-      int w = j < limit ? (int)nearest(scores[j] * scales[j] * factor) : 0;
-      r.high[g * kBlockOfKv + j] = (uint8_t)(w >> 8);
-      r.low[g * kBlockOfKv + j] = (uint8_t)w;
+    GPU_UNROLL
+    for (int k = 0; k < kOwn; ++k) {
+      const int w = (int)nearest(own[k] * factor), j = g * kBlockOfKv + lane + kWave * k;
+      r.high[j] = (uint8_t)(w >> 8);
+      r.low[j] = (uint8_t)w;
     }
     if (lane == 0) r.units[g] = most / 32767.0f;
   }
@@ -202,7 +218,7 @@ GPU_DEVICE void block_weights(const AttentionRoom &r, int limit, int group) {
 // Sums of weight * value to `out` [group][out_row]: floats.
 GPU_DEVICE void float_values(const AttentionRoom &r, const KvHead &kv, int width, int block, int limit, int group, float *out,
                              int out_row) {
-  for (int i = thread_id(); i < group * width; i += kThreads) {
+  for (int i = thread_id(); i < group * width; i += kWideThreads) {
     const int g = i / width, d = i % width;
     float sum = 0.0f;
     for (int j = 0; j < limit; j += 8) {
@@ -235,7 +251,7 @@ template <KvStore kForm>
 GPU_DEVICE void whole_values(const AttentionRoom &r, const KvHead &kv, const Fetched &f, bool fetched, int width, int block,
                              int limit, int group, float *out, int out_row) {
   const int chunks = (limit + 15) / 16, parts = value_parts(width);
-  for (int i = thread_id(); i < parts * width; i += kThreads) {
+  for (int i = thread_id(); i < parts * width; i += kWideThreads) {
     const int d = i % width, part = i / width;
     for (int first = 0; first < group; first += 4) {
       const int some = group - first < 4 ? group - first : 4;
@@ -254,7 +270,7 @@ GPU_DEVICE void whole_values(const AttentionRoom &r, const KvHead &kv, const Fet
     }
   }
   sync_block();
-  for (int i = thread_id(); i < group * width; i += kThreads) {
+  for (int i = thread_id(); i < group * width; i += kWideThreads) {
     const int g = i / width, d = i % width;
     out[g * out_row + d] = (float)r.sums[i] * r.units[g];
   }
@@ -266,17 +282,18 @@ template <KvStore kForm>
 GPU_DEVICE void finish_heads(const AttentionArgs &a, const AttentionRoom &r, float *sums, int sums_row, int token,
                              int head, int group) {
   const int width = a.kv.width, size = a.kv.head_dim;
-  for (int i = thread_id(); i < group * width; i += kThreads)
+  float *out = a.out + (size_t)token * a.out_stride + head * group * size;
+  if (kForm != KvStore::rotor3) {
+    for (int i = thread_id(); i < group * size; i += kWideThreads)
+      out[i] = sums[i / size * sums_row + i % size] / r.totals[i / size];
+    return;
+  }
+  for (int i = thread_id(); i < group * width; i += kWideThreads)
     r.raw[i] = sums[i / width * sums_row + i % width] / r.totals[i / width];
   sync_block();
-  if (kForm == KvStore::rotor3) {
-    turn_back(r.raw, group, width);
-    const float shorter = 1.0f / (float)size;
-    for (int i = thread_id(); i < group * width; i += kThreads) r.raw[i] = r.raw[i] * shorter;
-    sync_block();
-  }
-  float *out = a.out + (size_t)token * a.out_stride + head * group * size;
-  for (int i = thread_id(); i < group * size; i += kThreads) out[i] = r.raw[i / size * width + i % size];
+  turn_back(r.raw, group, width);
+  const float shorter = 1.0f / (float)size;
+  for (int i = thread_id(); i < group * size; i += kWideThreads) out[i] = r.raw[i / size * width + i % size] * shorter;
 }
 
 // Merge what the blocks of one (token, KV head) have left, in rising order.
@@ -285,7 +302,7 @@ GPU_DEVICE void merge_blocks(const AttentionArgs &a, const AttentionRoom &r, con
                              int blocks, int token, int head, int group) {
   const int width = a.kv.width, row = width + 2;
   // Each thread has the same elements throughout: d of a head, or its total (element width).
-  for (int i = thread_id(); i < group * (width + 1); i += kThreads) {
+  for (int i = thread_id(); i < group * (width + 1); i += kWideThreads) {
     const int g = i / (width + 1), d = i % (width + 1);
     const float *own = partial + g * row;
     float top = own[width], sum = d < width ? own[d] : own[width + 1];
@@ -308,24 +325,22 @@ template <KvStore kForm>
 GPU_DEVICE void prepare(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, int token, int head, int group,
                         int block, int limit, bool writes) {
   const int width = a.kv.width, size = a.kv.head_dim, position = a.positions[token];
-  float *fresh = r.raw + group * width;
-  take_rotated(a, a.qkv + (size_t)token * a.qkv_stride + head * group * size, group, position, r.raw);
-  if (writes) take_key_and_value(a, token, head, position, fresh);
-  for (int i = thread_id(); i < group * width; i += kThreads) r.sums[i] = 0;
+  take_vectors(a, token, head, group, writes, r.raw);
+  for (int i = thread_id(); i < group * width; i += kWideThreads) r.sums[i] = 0;
   if (kForm != KvStore::f16)
-    for (int j = thread_id(); j < limit - writes; j += kThreads) {
+    for (int j = thread_id(); j < limit - writes; j += kWideThreads) {
       r.key_scales[j] = kv.key_scales[block * kBlockOfKv + j];
       r.value_scales[j] = kv.value_scales[block * kBlockOfKv + j];
     }
   sync_block();
   if (kForm == KvStore::f16) {
-    if (writes) put_halves(kv, fresh, width, position);
-    for (int i = thread_id(); i < group * width; i += kThreads) r.raw[i] = r.raw[i] * a.scale;
+    if (writes) put_halves(kv, r.raw + group * width, width, position);
+    for (int i = thread_id(); i < group * width; i += kWideThreads) r.raw[i] = r.raw[i] * a.scale;
     sync_block();
     return;
   }
   if (kForm == KvStore::rotor3) turn(r.raw, group + (writes ? 2 : 0), width);
-  for (int v = wave_id(); v < group + (writes ? 2 : 0); v += kThreads / kWave) {
+  for (int v = wave_id(); v < group + (writes ? 2 : 0); v += kWideThreads / kWave) {
     const float *x = r.raw + v * width;
     if (v < group) {
       const float scale = quantize_query<kForm>(x, width, size, a.scale, r.q8 + v * width);
@@ -379,7 +394,7 @@ GPU_DEVICE void attend(const AttentionArgs &a) {
     finish_heads<kForm>(a, r, (float *)r.sums, width, token, head, group);
     return;
   }
-  for (int g = thread_id(); g < group; g += kThreads) {
+  for (int g = thread_id(); g < group; g += kWideThreads) {
     partial[block * block_row + g * row + width] = r.tops[g];
     partial[block * block_row + g * row + width + 1] = r.totals[g];
   }
@@ -405,24 +420,24 @@ GPU_DEVICE void append(const AttentionArgs &a) {
   append_token<kForm>(a, kv, token, head, r.raw);
 }
 
-GPU_KERNEL(kThreads) halo_attend_f16(AttentionArgs a) { attend<KvStore::f16>(a); }
-GPU_KERNEL(kThreads) halo_attend_int8(AttentionArgs a) { attend<KvStore::int8>(a); }
-GPU_KERNEL(kThreads) halo_attend_rotor3(AttentionArgs a) { attend<KvStore::rotor3>(a); }
-GPU_KERNEL(kThreads) halo_append_f16(AttentionArgs a) { append<KvStore::f16>(a); }
-GPU_KERNEL(kThreads) halo_append_int8(AttentionArgs a) { append<KvStore::int8>(a); }
-GPU_KERNEL(kThreads) halo_append_rotor3(AttentionArgs a) { append<KvStore::rotor3>(a); }
+GPU_KERNEL(kWideThreads) halo_attend_f16(AttentionArgs a) { attend<KvStore::f16>(a); }
+GPU_KERNEL(kWideThreads) halo_attend_int8(AttentionArgs a) { attend<KvStore::int8>(a); }
+GPU_KERNEL(kWideThreads) halo_attend_rotor3(AttentionArgs a) { attend<KvStore::rotor3>(a); }
+GPU_KERNEL(kWideThreads) halo_append_f16(AttentionArgs a) { append<KvStore::f16>(a); }
+GPU_KERNEL(kWideThreads) halo_append_int8(AttentionArgs a) { append<KvStore::int8>(a); }
+GPU_KERNEL(kWideThreads) halo_append_rotor3(AttentionArgs a) { append<KvStore::rotor3>(a); }
 
 inline void launch_attention_kernel(const AttentionArgs &args, KvStore form, Stream &stream) {
   typedef void (*Kernel)(AttentionArgs);
   static const Kernel table[] = {halo_attend_f16, halo_attend_int8, halo_attend_rotor3};
-  launch(table[(int)form], {args.blocks, args.kv.kv_heads, args.tokens}, kThreads,
+  launch(table[(int)form], {args.blocks, args.kv.kv_heads, args.tokens}, kWideThreads,
          attention_shared(args.heads / args.kv.kv_heads, args.kv.width), stream, args);
 }
 
 inline void launch_append_kernel(const AttentionArgs &args, KvStore form, Stream &stream) {
   typedef void (*Kernel)(AttentionArgs);
   static const Kernel table[] = {halo_append_f16, halo_append_int8, halo_append_rotor3};
-  launch(table[(int)form], {args.tokens, args.kv.kv_heads}, kThreads,
+  launch(table[(int)form], {args.tokens, args.kv.kv_heads}, kWideThreads,
          attention_shared(args.heads / args.kv.kv_heads, args.kv.width), stream, args);
 }
 

@@ -16,20 +16,20 @@
 #include <cuda_runtime.h>
 #endif
 
-// GPU_KERNEL_FOUR: with registers for four blocks a multiprocessor, so that the next kernel's fit in beside this one's.
+// GPU_KERNEL_TWO: with registers for two blocks a multiprocessor, so that the next kernel's fit in beside this one's.
 #if defined(HALO_SIM)
 #define GPU_KERNEL(threads) extern "C" void
-#define GPU_KERNEL_FOUR(threads) extern "C" void
+#define GPU_KERNEL_TWO(threads) extern "C" void
 #define GPU_DEVICE static inline
 #define GPU_UNROLL
 #elif defined(__HIP__)
 #define GPU_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads) void
-#define GPU_KERNEL_FOUR(threads) extern "C" __global__ __launch_bounds__(threads) void
+#define GPU_KERNEL_TWO(threads) extern "C" __global__ __launch_bounds__(threads) void
 #define GPU_DEVICE static __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
 #else
 #define GPU_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
-#define GPU_KERNEL_FOUR(threads) extern "C" __global__ void __launch_bounds__(threads, 4)
+#define GPU_KERNEL_TWO(threads) extern "C" __global__ void __launch_bounds__(threads, 2)
 #define GPU_DEVICE static __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
 #endif

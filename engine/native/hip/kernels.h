@@ -10,7 +10,8 @@
 
 namespace halo {
 
-const int kThreads = 256;         // of a block of the products, norms and attention
+const int kThreads = 256;         // of a block
+const int kWideThreads = 512;     // of a block that takes one row through norm, quantisation and product, and of attention
 const int kMostDecode = 16;       // tokens that the decode kernels take at once
 const uint32_t kNotFinite = 1;    // bits of the status word
 const int kMostGroup = 16;        // query heads that share a KV head
@@ -44,6 +45,9 @@ struct EmbedArgs {
   StepInputs in;
   float *x;
   int32_t *slots, *positions;
+  const float *rope_cos, *rope_sin;
+  int rope_row;
+  float *rope_now;  // [token][2][rope_row]
 };
 
 // Results to the host's memory.
@@ -101,7 +105,8 @@ struct AttentionArgs {
   const int32_t *slots, *positions;
   int tokens, layer, heads, append;
   KvView kv;
-  const float *rope_cos, *rope_sin;
+  const float *rope_cos, *rope_sin;  // [position][rope_row]
+  const float *rope_now;             // [token][2][rope_row]: of the tokens' own positions; null: not there
   int rope_row;
   float scale;  // 1 / sqrt(head_dim)
   float *out;   // [token][out_stride]: heads * head_dim

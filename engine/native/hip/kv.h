@@ -87,7 +87,7 @@ GPU_DEVICE float rotation_sign(int i) {
 // The Walsh-Hadamard transform of `rows` vectors of n floats (a power of two) in shared memory, by the block.
 GPU_DEVICE void hadamard(float *x, int rows, int n) {
   for (int half = 1; half < n; half *= 2) {
-    for (int i = thread_id(); i < rows * n / 2; i += kThreads) {
+    for (int i = thread_id(); i < rows * n / 2; i += kWideThreads) {
       const int low = i / half * 2 * half + i % half;
       float a = x[low], b = x[low + half];
       x[low] = a + b;
@@ -98,14 +98,14 @@ GPU_DEVICE void hadamard(float *x, int rows, int n) {
 }
 
 GPU_DEVICE void turn(float *x, int rows, int n) {
-  for (int i = thread_id(); i < rows * n; i += kThreads) x[i] = x[i] * rotation_sign(i % n);
+  for (int i = thread_id(); i < rows * n; i += kWideThreads) x[i] = x[i] * rotation_sign(i % n);
   sync_block();
   hadamard(x, rows, n);
 }
 
 GPU_DEVICE void turn_back(float *x, int rows, int n) {
   hadamard(x, rows, n);
-  for (int i = thread_id(); i < rows * n; i += kThreads) x[i] = x[i] * rotation_sign(i % n);
+  for (int i = thread_id(); i < rows * n; i += kWideThreads) x[i] = x[i] * rotation_sign(i % n);
   sync_block();
 }
 
@@ -116,19 +116,32 @@ GPU_DEVICE float taken(float x, uint32_t *status) {
   return 0.0f;
 }
 
-// `rows` vectors of head_dim from `from` (shared with none) to `to` [row][width], shared, filled up with zeros, turned by
-// their position. The block does not meet at the end.
-GPU_DEVICE void take_rotated(const AttentionArgs &a, const float *from, int rows, int position, float *to) {
-  const int width = a.kv.width, size = a.kv.head_dim, half = size / 2;
-  const float *cosine = a.rope_cos + (size_t)position * a.rope_row, *sine = a.rope_sin + (size_t)position * a.rope_row;
-  for (int i = thread_id(); i < rows * half; i += kThreads) {
-    const int row = i / half, e = i % half;
-    float x = taken(from[row * size + e], a.status), y = taken(from[row * size + e + half], a.status);
-    to[row * width + e] = x * cosine[e] - y * sine[e];
-    to[row * width + e + half] = y * cosine[e] + x * sine[e];
+// One pair of elements of a vector of head_dim, turned by the token's position, to `to`, shared.
+GPU_DEVICE void take_pair(const AttentionArgs &a, const float *from, const float *cosine, const float *sine, int e, float *to) {
+  const int half = a.kv.head_dim / 2;
+  const float x = taken(from[e], a.status), y = taken(from[e + half], a.status);
+  to[e] = x * cosine[e] - y * sine[e];
+  to[e + half] = y * cosine[e] + x * sine[e];
+}
+
+// Vectors to `raw`, shared, [row][width], filled up with zeros: `queries` query heads of the group and (`writes`) the new
+// key, turned by the token's position, and the new value. All are asked for at once. The block does not meet at the end.
+GPU_DEVICE void take_vectors(const AttentionArgs &a, int token, int head, int queries, bool writes, float *raw) {
+  const int width = a.kv.width, size = a.kv.head_dim, half = size / 2, group = a.heads / a.kv.kv_heads;
+  const float *qkv = a.qkv + (size_t)token * a.qkv_stride;
+  const float *cosine = a.rope_now + (size_t)token * 2 * a.rope_row, *sine = cosine + a.rope_row;
+  const int pairs = (queries + writes) * half;
+  for (int i = thread_id(); i < pairs + (writes ? size : 0); i += kWideThreads) {
+    if (i < pairs) {
+      const int row = i / half, from = row < queries ? head * group + row : a.heads + head;
+      take_pair(a, qkv + (size_t)from * size, cosine, sine, i % half, raw + row * width);
+    } else {
+      raw[(queries + 1) * width + i - pairs] =
+          taken(qkv[(size_t)(a.heads + a.kv.kv_heads + head) * size + i - pairs], a.status);
+    }
   }
-  for (int i = thread_id(); i < rows * (width - size); i += kThreads)
-    to[i / (width - size) * width + size + i % (width - size)] = 0.0f;
+  const int pad = width - size;
+  for (int i = thread_id(); i < (queries + 2 * writes) * pad; i += kWideThreads) raw[i / pad * width + size + i % pad] = 0.0f;
 }
 
 // The largest size of a vector in shared memory; every lane of the wave gets it.
@@ -146,26 +159,6 @@ GPU_DEVICE float quantize_query(const float *x, int width, int size, float atten
   const float factor = 127.0f / most;
   for (int i = lane_id(); i < width; i += kWave) q8[i] = (int8_t)nearest(x[i] * factor);
   return most / 127.0f * (kForm == KvStore::rotor3 ? attention_scale / (float)size : attention_scale);
-}
-
-// Queries of one token's group: scaled floats (f16) in `raw`, or int8 in q8 with their scales.
-template <KvStore kForm>
-GPU_DEVICE void prepare_queries(const AttentionArgs &a, int token, int head, int group, float *raw, int8_t *q8,
-                                float *q_scales) {
-  const int width = a.kv.width, size = a.kv.head_dim;
-  take_rotated(a, a.qkv + (size_t)token * a.qkv_stride + head * group * size, group, a.positions[token], raw);
-  sync_block();
-  if (kForm == KvStore::f16) {
-    for (int i = thread_id(); i < group * width; i += kThreads) raw[i] = raw[i] * a.scale;
-    sync_block();
-    return;
-  }
-  if (kForm == KvStore::rotor3) turn(raw, group, width);
-  for (int g = wave_id(); g < group; g += kThreads / kWave) {
-    const float scale = quantize_query<kForm>(raw + g * width, width, size, a.scale, q8 + g * width);
-    if (lane_id() == 0) q_scales[g] = scale;
-  }
-  sync_block();
 }
 
 GPU_DEVICE void put_bits(uint32_t *word, int shift, uint32_t mask, uint32_t value) {
@@ -229,26 +222,17 @@ GPU_DEVICE float put_vector(const KvHead &kv, int which, const float *x, int wid
 // A key and a value (shared: [2][width]) as halves into the cache.
 GPU_DEVICE void put_halves(const KvHead &kv, const float *key_and_value, int width, int position) {
   uint16_t *keys = (uint16_t *)kv.keys, *values = (uint16_t *)kv.values;
-  for (int d = thread_id(); d < width; d += kThreads) {
+  for (int d = thread_id(); d < width; d += kWideThreads) {
     keys[key_chunk_index(width, 8, position, d / 8) * 8 + d % 8] = (uint16_t)to_half(key_and_value[d]);
     values[((size_t)(position / 8) * width + d) * 8 + position % 8] = (uint16_t)to_half(key_and_value[width + d]);
   }
-}
-
-// One token's key, turned by its position, and value to `raw` [2][width], shared. The block does not meet at the end.
-GPU_DEVICE void take_key_and_value(const AttentionArgs &a, int token, int head, int position, float *raw) {
-  const int width = a.kv.width, size = a.kv.head_dim;
-  const float *qkv = a.qkv + (size_t)token * a.qkv_stride;
-  const float *v = qkv + (a.heads + a.kv.kv_heads + head) * size;
-  take_rotated(a, qkv + (a.heads + head) * size, 1, position, raw);
-  for (int i = thread_id(); i < width; i += kThreads) raw[width + i] = i < size ? taken(v[i], a.status) : 0.0f;
 }
 
 // Write one token's key and value of one head. raw, shared, has [2][width] floats and 2 * width bytes behind them.
 template <KvStore kForm>
 GPU_DEVICE void append_token(const AttentionArgs &a, const KvHead &kv, int token, int head, float *raw) {
   const int width = a.kv.width, position = a.positions[token];
-  take_key_and_value(a, token, head, position, raw);
+  take_vectors(a, token, head, 0, true, raw);
   sync_block();
   if (kForm == KvStore::f16) {
     put_halves(kv, raw, width, position);

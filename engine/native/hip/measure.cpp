@@ -122,7 +122,7 @@ int main(int count, char **arguments) {
       if (prefill) {
         for (int tokens : {32, 512, 4096}) measure_products(stream, packing, tokens, true);
       } else {
-        for (int tokens : {1, 4, 8, 16}) measure_products(stream, packing, tokens, false);
+        for (int tokens : {1, 2, 4, 8, 16}) measure_products(stream, packing, tokens, false);
       }
     }
   } catch (const Failure &failure) {

@@ -11,8 +11,8 @@
 
 namespace halo {
 
-const int kAhead = 8;           // steps that each wave has on their way
-const int kWaves = kThreads / kWave;
+const int kAhead = 4;           // steps that each wave has on their way
+const int kWaves = kThreads / kWave, kWideWaves = kWideThreads / kWave;
 const int kScratchBytes = 256;  // of block-wide sums: arithmetic.h
 const int kManyBytes = 40 << 10;  // of the activations that a block holds at once: several tokens
 
@@ -123,12 +123,12 @@ GPU_DEVICE void add_parts(int sum, int *to) {
 }
 
 // Rows first..first + count of one token: out, from the integer sums.
-template <int kEpilogue>
+template <int kEpilogue, int kThreadCount>
 GPU_DEVICE void finish_rows(const ProductArgs &a, const int *sums, int first, int count, int token, int offset,
                             float x_scale) {
   float *out = a.out + (size_t)token * a.out_stride;
   const int each = kEpilogue == kGated ? 2 : 1;
-  for (int r = thread_id() * each; r < count; r += kThreads * each) {
+  for (int r = thread_id() * each; r < count; r += kThreadCount * each) {
     int row = first + r;
     if (row >= a.rows) break;
     float y = scaled(sums[r], offset, a.weight_scale[row], x_scale);
@@ -168,8 +168,8 @@ GPU_DEVICE void finish_own(const ProductArgs &a, const int *sums, int first, int
     if (kEpilogue == kAdd) a.out[row] = before + y;
     if (kEpilogue == kGated) a.out[row / 2] = gated(y, scaled(sums[r + 1], x.sum, scales.next, x.scale), a.activation);
   }
-  if (count > kThreads * each)
-    finish_rows<kEpilogue>(a, sums + kThreads * each, first + kThreads * each, count - kThreads * each, 0, x.sum, x.scale);
+  const int more = kWideThreads * each;
+  if (count > more) finish_rows<kEpilogue, kWideThreads>(a, sums + more, first + more, count - more, 0, x.sum, x.scale);
 }
 
 template <class Codes, int kEpilogue>
@@ -177,14 +177,14 @@ GPU_DEVICE void product_of_one(const ProductArgs &a) {
   const int filled = (a.n + 15) / 16 * 16, padded = a.steps * Codes::kCols;
   const TileRange tiles = own_tiles(a.tile_count);
   const int units = (tiles.last - tiles.first) * a.steps;
-  const int from = units * wave_id() / kWaves, to = units * (wave_id() + 1) / kWaves;
+  const int from = units * wave_id() / kWideWaves, to = units * (wave_id() + 1) / kWideWaves;
   const uint4 *weights = a.tiles + ((size_t)tiles.first * a.steps + from) * kWave + lane_id();
   uint4 ahead[kAhead];
   GPU_UNROLL
   for (int i = 0; i < kAhead; ++i)
     if (from + i < to) ahead[i] = load_once(weights + i * kWave);
   if (a.norm)
-    for (int i = 32 * thread_id(); i < a.n; i += 32 * kThreads) fetch_ahead(a.norm + i);
+    for (int i = 32 * thread_id(); i < a.n; i += 32 * kWideThreads) fetch_ahead(a.norm + i);
   const int count = (tiles.last - tiles.first) * kTileRows, first_row = tiles.first * kTileRows;
   const RowScales scales = row_scales<kEpilogue>(a, first_row, count);
   let_next_start();
@@ -196,8 +196,8 @@ GPU_DEVICE void product_of_one(const ProductArgs &a) {
   float *row = (float *)(shared + kScratchBytes);
   int8_t *q = (int8_t *)(row + filled);
   int *sums = (int *)(q + padded);
-  for (int i = thread_id(); i < count; i += kThreads) sums[i] = 0;
-  RowFacts facts = quantized_row<kThreads>(a.x, a.norm, a.n, a.eps, padded, row, q, scratch);
+  for (int i = thread_id(); i < count; i += kWideThreads) sums[i] = 0;
+  RowFacts facts = quantized_row<kWideThreads>(a.x, a.norm, a.n, a.eps, padded, row, q, scratch);
   if (!facts.finite && thread_id() == 0) atomic_or(a.status, kNotFinite);
 
   typename Codes::Sums own;
@@ -308,7 +308,7 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   }
   sync_block();
   for (int t = 0; t < a.tokens; ++t)
-    finish_rows<kEpilogue>(a, sums + t * count * kTileRows, tiles.first * kTileRows, count * kTileRows, t, a.q.sum[t],
+    finish_rows<kEpilogue, kThreads>(a, sums + t * count * kTileRows, tiles.first * kTileRows, count * kTileRows, t, a.q.sum[t],
                            a.q.scale[t]);
 }
 
@@ -317,7 +317,7 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   HALO_PRODUCT_KERNELS(codes, Codes, add, kAdd)                                                            \
   HALO_PRODUCT_KERNELS(codes, Codes, gated, kGated)
 #define HALO_PRODUCT_KERNELS(codes, Codes, name, epilogue)                                                 \
-  GPU_KERNEL_FOUR(kThreads) halo_##codes##_##name##_1(ProductArgs a) { product_of_one<Codes, epilogue>(a); } \
+  GPU_KERNEL_TWO(kWideThreads) halo_##codes##_##name##_1(ProductArgs a) { product_of_one<Codes, epilogue>(a); } \
   GPU_KERNEL(kThreads) halo_##codes##_##name##_2(ProductArgs a) { product_of_many<Codes, epilogue, 2>(a); } \
   GPU_KERNEL(kThreads) halo_##codes##_##name##_4(ProductArgs a) { product_of_many<Codes, epilogue, 4>(a); } \
   GPU_KERNEL(kThreads) halo_##codes##_##name##_8(ProductArgs a) { product_of_many<Codes, epilogue, 8>(a); } \
@@ -360,6 +360,10 @@ GPU_KERNEL(kThreads) halo_embed(EmbedArgs a) {
     a.slots[token] = a.in.slots[token];
     a.positions[token] = a.in.positions[token];
   }
+  const size_t position = (size_t)a.in.positions[token] * a.rope_row;
+  for (int i = thread_id(); i < 2 * a.rope_row; i += kThreads)
+    a.rope_now[(size_t)token * 2 * a.rope_row + i] =
+        i < a.rope_row ? a.rope_cos[position + i] : a.rope_sin[position + i - a.rope_row];
   float *x = a.x + (size_t)token * a.stride;
   for (int i = thread_id(); i < a.stride; i += kThreads)
     x[i] = i >= a.hidden ? 0.0f : a.bf16 ? float_of((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
@@ -375,9 +379,10 @@ GPU_KERNEL(kWave) halo_publish(PublishArgs a) {
   }
 }
 
-// How many blocks share a matrix: about two on each multiprocessor, none without a tile.
-inline int product_blocks(int tile_count) {
-  int most = 2 * device().multiprocessors;
+// How many blocks share a matrix, none without a tile: of one token's (512 threads) one on each multiprocessor, beside
+// which the next kernel's fits; of several tokens' two. An AMD multiprocessor is a pair of compute units.
+inline int product_blocks(int tile_count, bool one) {
+  int most = (one && device().backend != "hip" ? 1 : 2) * device().multiprocessors;
   int each = (tile_count + most - 1) / most;
   return (tile_count + each - 1) / each;
 }
@@ -385,7 +390,7 @@ inline int product_blocks(int tile_count) {
 inline void launch_product_kernel(const ProductArgs &args, Packing packing, Epilogue epilogue, Stream &stream) {
   typedef void (*Kernel)(ProductArgs);
   static const Kernel table[2][3][5] = {HALO_PRODUCT_TABLE(two), HALO_PRODUCT_TABLE(three)};
-  const int cols = step_cols(packing), blocks = product_blocks(args.tile_count);
+  const int cols = step_cols(packing), blocks = product_blocks(args.tile_count, !args.q.q);
   const int tiles = (args.tile_count + blocks - 1) / blocks + 1;
   int which = 0;
   while (1 << which < args.tokens) ++which;
@@ -400,7 +405,8 @@ inline void launch_product_kernel(const ProductArgs &args, Packing packing, Epil
     piece = piece < args.steps ? piece : args.steps;
     shared = (size_t)(1 << which) * (piece * cols + tiles * kTileRows * 4);
   }
-  launch(table[packing == Packing::base_three][epilogue][which], {blocks}, kThreads, shared, stream, args);
+  launch(table[packing == Packing::base_three][epilogue][which], {blocks}, fused_row ? kWideThreads : kThreads, shared,
+         stream, args);
 }
 
 }  // namespace halo

@@ -90,6 +90,7 @@ GpuSession::GpuSession(std::shared_ptr<const GpuModel> model, int slots, int con
   q8_facts_ = DeviceBytes((size_t)most_ * 8, what);
   places_ = DeviceBytes((size_t)most_ * 8, what);
   ids_ = DeviceBytes((size_t)most_ * 4, what);
+  rope_now_ = DeviceBytes((size_t)most_ * 2 * model_->host().rope_row * 4, what);
 }
 
 std::string GpuSession::facts() {
@@ -260,7 +261,8 @@ void GpuSession::put_layers(int count) {
   const Rows &rows = model_->embedding;
   launch_embed({rows.data, rows.row_bytes, rows.bf16, c.hidden_size, hidden_row_,
                 {in, in + kMostChunk, in + 2 * kMostChunk}, x_.as<float>(), places_.as<int32_t>(),
-                places_.as<int32_t>() + most_},
+                places_.as<int32_t>() + most_, model_->rope_cos, model_->rope_sin, model_->host().rope_row,
+                rope_now_.as<float>()},
                count, stream_);
   for (int index = 0; index < c.num_layers; ++index) {
     const GpuLayer &layer = model_->layers[index];
@@ -284,6 +286,7 @@ AttentionArgs GpuSession::attention_args(int index, int count) const {
   a.kv = {cache_.as<uint8_t>(), cache_scales_.as<float>(), shape.half_bytes(), shape.layers, shape.kv_heads,
           shape.head_dim, shape.width, shape.room};
   a.rope_cos = model_->rope_cos, a.rope_sin = model_->rope_sin, a.rope_row = model_->host().rope_row;
+  a.rope_now = rope_now_.as<float>();
   a.scale = (float)(1.0 / sqrt((double)c.head_dim));
   a.out = attended_.as<float>();
   a.out_stride = q_row_;

@@ -55,7 +55,7 @@ class GpuSession {
   std::vector<int32_t> lengths_;  // tokens in each slot
   int kept_ = 0;                  // the last run's wanted entries whose hidden states the head has kept
   bool own_slots_ = true;         // no two tokens of this chunk are of the same slot
-  DeviceBytes status_, cache_, cache_scales_, partial_, counts_, x_, qkv_, attended_, gate_, q8_, q8_facts_, places_, ids_;
+  DeviceBytes status_, cache_, cache_scales_, partial_, counts_, x_, qkv_, attended_, gate_, q8_, q8_facts_, places_, ids_, rope_now_;
   int q8_stride_;
   SharedBytes inputs_, outputs_;  // tokens, slots, positions, wanted; status, ids
   GpuHead head_;
