@@ -18,10 +18,12 @@ import re
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tests.engine.hip import toolchain
 from tests.engine.hip.elf import CodeObject, unbundle
+from tests.engine.hip.loops import Instruction, innermost, natural_loops
 
 REGISTERS, GRANULE, MOST_WAVES, SIMDS, LDS_OF_WGP, LDS_GRANULE = 1536, 24, 16, 4, 128 << 10, 512
 _LINE = re.compile(
@@ -31,19 +33,8 @@ _SYMBOL = re.compile(r"^[0-9a-f]{16} <(?P<name>[^>]+)>:$")
 
 
 @dataclass(frozen=True)
-class Instruction:
-    at: int
-    text: str
-    target: int | None  # of a branch
-
-    @property
-    def name(self) -> str:
-        return self.text.split()[0]
-
-
-@dataclass(frozen=True)
 class Loop:
-    """The instructions from a backward branch's target to the branch."""
+    """The instructions of a loop (loops.py)."""
 
     body: tuple[Instruction, ...]
 
@@ -82,18 +73,26 @@ class Kernel:
     def waves(self) -> float:
         return occupancy(self.vgprs, self.threads, self.lds)
 
+    @cached_property
+    def _loops(self) -> list[tuple[Instruction, ...]]:
+        return natural_loops(self.body)
+
     def inner_loops(self) -> list[Loop]:
         """Loops that have no other inside them."""
-        spans = sorted({(i.target, i.at) for i in self.body if i.target is not None and i.target <= i.at})
-        inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-        return [Loop(tuple(i for i in self.body if first <= i.at <= last)) for first, last in inner]
+        return [Loop(body) for body in innermost(self._loops)]
 
     def hot_loop(self) -> Loop:
-        """The inner loop with most products in it: of matrices, else of four bytes, else fused."""
+        """The inner loop with most products in it: of matrices, else of four bytes, else fused.
+
+        Where no inner loop has any, the smallest loop with some; without one, it is empty.
+        """
         for pattern in ("v_wmma_", "v_dot4_", "v_(dual_)?fma"):
-            with_it = [loop for loop in self.inner_loops() if loop.count(pattern)]
-            if with_it:
-                return max(with_it, key=lambda loop: loop.count(pattern))
+            inner = [loop for loop in self.inner_loops() if loop.count(pattern)]
+            if inner:
+                return max(inner, key=lambda loop: loop.count(pattern))
+            outer = [loop for loop in map(Loop, self._loops) if loop.count(pattern)]
+            if outer:
+                return min(outer, key=lambda loop: len(loop.body))
         return Loop(())
 
 

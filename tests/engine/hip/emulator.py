@@ -136,6 +136,10 @@ class Program:
         self.image = self._memory[pad : pad + size]
         self.arch = "rdna3"
 
+    def threads(self, kernel: str) -> int:
+        """The work items of a workgroup that the kernel was compiled for."""
+        return int(self.code.kernels[kernel][".max_flat_workgroup_size"])
+
     def step(self, pc: int) -> Step:
         found = self.steps.get(pc)
         if found is None:
@@ -282,7 +286,7 @@ class Launch:
 
     def _workgroup(self, group: tuple[int, int, int]) -> None:
         lds = np.full(self.lds_bytes + _MARGIN, 0xA5, np.uint8)
-        watch = shadow.Lds(self.lds_bytes)
+        watch = shadow.Lds(self.lds_bytes, lds)
         fibers = self._fibers(group, lds)
         order = list(reversed(fibers)) if self.backward else fibers
         while not all(fiber.done for fiber in fibers):

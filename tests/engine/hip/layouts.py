@@ -6,9 +6,12 @@ hand. Not the layouts of the prepared file: engine/formats/tiles.py.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
+
+from tests.engine.hip import toolchain
 
 TILE_ROWS = 8
 COLS = {"two": 256, "three": 320}
@@ -28,14 +31,13 @@ def device_tiles(packing: str, codes: np.ndarray) -> np.ndarray:
     full[:rows] = 1  # columns are filled up with code 1, rows with code 0
     full[:rows, :cols] = codes
     # [tile, row, step, part, word, code of the byte, byte]
-    each = 4 if packing == "two" else 5
+    each, base = (4, 4) if packing == "two" else (5, 3)
     parts = full.reshape(tiles, TILE_ROWS, steps, 4, 4, each, 4)
+    powers = base ** np.arange(each, dtype=np.int64)
     if packing == "two":
-        places = (1 << 2 * np.arange(4, dtype=np.uint32))[:, None]
-        octets = (parts * places).sum(axis=5).astype(np.int64)
+        octets = (parts * powers[:, None]).sum(axis=5)
     else:
-        places = (3 ** np.arange(4, -1, -1, dtype=np.uint32))[:, None]
-        octets = -(-(parts * places).sum(axis=5).astype(np.int64) * 256 // 243)
+        octets = -(-(parts * powers[::-1, None]).sum(axis=5) * 256 // 243)
     words = (octets.astype(np.uint32) << 8 * np.arange(4, dtype=np.uint32)).sum(axis=5, dtype=np.uint32)
     # lane l has row l % 8 and part l // 8
     return np.ascontiguousarray(words.transpose(0, 2, 3, 1, 4)).reshape(tiles, steps, 32, 4)
@@ -102,3 +104,11 @@ def kv_scales(room: int, cache: Any) -> np.ndarray:
     out = np.zeros((*both.shape[:3], room), np.float32)
     out[..., : both.shape[3]] = both
     return out.ravel()
+
+
+def constant(name: str) -> int:
+    """A whole number that the device code names: `const int NAME = VALUE;`."""
+    for header in sorted((toolchain.NATIVE / "hip").glob("*.h")):
+        if found := re.search(rf"const int {name} = (\d+)(?: << (\d+))?;", header.read_text()):
+            return int(found[1]) << int(found[2] or 0)
+    raise LookupError(f"no header in engine/native/hip has the constant {name}")

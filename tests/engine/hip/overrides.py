@@ -5,13 +5,15 @@ Each override takes a decoded instruction and gives a function of the wave; None
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tests.engine.hip import crosslane, division, fragments
-from tests.engine.hip.shadow import Wave
+from tests.engine.hip.shadow import Wave, bytes_of
 
 Run = Callable[[Wave], None]
 DPP16, DPP8 = (0xFA,), (0xE9, 0xEA)
@@ -117,9 +119,11 @@ def _div_fmas(inst: Any) -> Run:
 
 
 def _approximation(inst: Any) -> Run:
-    """v_rcp_f32 and v_sqrt_f32: the card's are right to one unit in the last place, which one is not said. So a
-    wave that runs backward gets a neighbour of the right result, above it in even lanes and below it in odd. (v_rcp_iflag_f32 is left alone:
-    it begins divisions of whole numbers, whose constants the compiler fits to the card's.)"""
+    """v_rcp_f32 and v_sqrt_f32: the card's are right to one unit in the last place, which one is not said.
+
+    So a wave that runs backward gets a neighbour of the right result, above it in even lanes, else below.
+    v_rcp_iflag_f32 is left alone: whole numbers are divided by it, with constants that fit the card's own.
+    """
     square_root, target = "SQRT" in inst.op.name, inst.vdst.offset - 256
     off = np.where(np.arange(crosslane.LANES) % 2, -1, 1)
 
@@ -133,6 +137,35 @@ def _approximation(inst: Any) -> Run:
         between = (exponent > 1) & (exponent < 254) & wave.backward
         bits = np.where(between, y.view(np.int32) + off, y.view(np.int32)).astype(np.int32).view(np.uint32)
         wave.vgpr[target] = np.where(wave.active(), bits, wave.vgpr[target])
+
+    return run
+
+
+def _flat(inst: Any) -> Run:
+    """A flat load or store of whole words: LDS where the address lies in its aperture, which is at 0 here."""
+    name = inst.op.name
+    words, writes = bytes_of(name) // 4, "STORE" in name
+    if not re.fullmatch(r"FLAT_(LOAD|STORE)_B(32|64|96|128)", name):
+        raise crosslane.Unsupported(name)
+    at, data = inst.addr.offset - 256, (inst.data if writes else inst.vdst).offset - 256
+
+    def run(wave: Wave) -> None:
+        lanes = np.flatnonzero(wave.active())
+        low, high = wave.vgpr[at][lanes], wave.vgpr[at + 1][lanes]
+        addresses = (low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)) + np.uint64(inst.offset)
+        local = high == 0
+        if local.any():
+            wave.lds.access(wave.index, addresses[local].astype(np.int64), 4 * words, writes, False)
+        if not local.all():
+            wave.arrays.check(addresses[~local], 4 * words, writes)
+        base = wave.lds.memory.ctypes.data
+        for lane, address, shared in zip(lanes, addresses, local, strict=True):
+            memory = (ctypes.c_uint32 * words).from_address(int(address) + (base if shared else 0))
+            for word in range(words):
+                if writes:
+                    memory[word] = int(wave.vgpr[data + word, lane])
+                else:
+                    wave.vgpr[data + word, lane] = memory[word]
 
     return run
 
@@ -154,6 +187,8 @@ _BY_NAME: dict[str, Callable[[Any], Run]] = {
 def find(inst: Any, name: str) -> Run | None:
     """The override of this instruction, if it has one."""
     made = _BY_NAME.get(name)
+    if name.startswith("FLAT_") and "ATOMIC" not in name:
+        made = _flat
     return made(inst) if made else None
 
 

@@ -50,8 +50,9 @@ class Arrays:
 class Lds:
     """Who wrote and who read each byte of LDS since the last barrier."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, memory: np.ndarray | None = None) -> None:
         self.size = size
+        self.memory = np.zeros(size, np.uint8) if memory is None else memory
         self.writer = np.full(size, _NOBODY, np.int16)
         self.reader = np.full(size, _NOBODY, np.int16)
 
@@ -100,14 +101,14 @@ class Wave:
 _WIDTH = re.compile(r"_(?:[BUIF])(8|16|32|64|96|128|256|512)(?=_|$)")
 
 
-def _bytes(name: str) -> int:
+def bytes_of(name: str) -> int:
     """How many bytes an access of this instruction moves a lane."""
     found = _WIDTH.findall(name)
     return int(found[-1]) // 8 if found else 4
 
 
 def _global(inst: Any, name: str) -> Callable[[Wave], None]:
-    size, writes = _bytes(name), "STORE" in name or "ATOMIC" in name
+    size, writes = bytes_of(name), "STORE" in name or "ATOMIC" in name
     vector, scalar = inst.addr.offset - 256, inst.saddr.offset
     offset = inst.offset - (1 << 13) if inst.offset & (1 << 12) else inst.offset
 
@@ -125,7 +126,7 @@ def _global(inst: Any, name: str) -> Callable[[Wave], None]:
 
 
 def _scalar(inst: Any, name: str) -> Callable[[Wave], None]:
-    size, base, extra = _bytes(name), inst.sbase.offset, inst.soffset.offset
+    size, base, extra = bytes_of(name), inst.sbase.offset, inst.soffset.offset
     offset = inst.offset - (1 << 21) if inst.offset & (1 << 20) else inst.offset
 
     def check(wave: Wave) -> None:
@@ -139,7 +140,7 @@ def _scalar(inst: Any, name: str) -> Callable[[Wave], None]:
 def _lds(inst: Any, name: str) -> Callable[[Wave], None] | None:
     if "PERMUTE" in name or "SWIZZLE" in name:
         return None
-    size, vector = _bytes(name), inst.addr.offset - 256
+    size, vector = bytes_of(name), inst.addr.offset - 256
     reads = name.startswith("DS_LOAD")
     writes, atomic = not reads, not reads and not name.startswith("DS_STORE_")
     if "2ADDR" in name:
@@ -161,7 +162,7 @@ def checker(inst: Any, name: str) -> Callable[[Wave], None] | None:
     kind = type(inst).__name__
     if kind == "SMEM" and name.startswith("S_LOAD"):
         return _scalar(inst, name)
-    if kind in ("GLOBAL", "FLAT"):
+    if kind == "GLOBAL" or (kind == "FLAT" and "ATOMIC" in name):
         return _global(inst, name)
     if kind == "DS":
         return _lds(inst, name)

@@ -22,7 +22,7 @@ KERNELS = {"halo_embed", "halo_publish", "halo_norm", "halo_repack_two", "halo_r
 THREADS = 256
 EPS = 1e-5
 SCRATCH = 256  # bytes: kScratchBytes
-MANY = 40 << 10  # bytes: kManyBytes
+MANY = layouts.constant("kManyBytes")
 
 
 def _rng(*seed: int) -> np.random.Generator:
@@ -107,7 +107,7 @@ def test_norm_says_what_is_not_finite(engine: Program, bad: float) -> None:
 @pytest.mark.parametrize("hidden", [16, 50, 300])
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "f32"])
 def test_embed(engine: Program, hidden: int, bf16: bool) -> None:
-    """Rows of the embedding as float32, zeros behind them; slots and positions go where the others read them."""
+    """Rows of the embedding as float32, zeros behind them; slots and positions for the others to read."""
     rng, stride = _rng(3, hidden), _filled(hidden) + 16
     table = rng.integers(0, 1 << 16, (7, hidden)).astype(np.uint16) & np.uint16(0xBFFF)
     rows = table if bf16 else rng.standard_normal((7, hidden)).astype(np.float32)
@@ -115,14 +115,17 @@ def test_embed(engine: Program, hidden: int, bf16: bool) -> None:
     tokens, slots, positions = (np.array(v, np.int32) for v in ([6, 0, 3], [2, 1, 0], [11, 500, 0]))
     x = np.full((3, stride), 5, np.float32)
     to_slots, to_positions = np.zeros(3, np.int32), np.zeros(3, np.int32)
+    cosine, sine = rng.standard_normal((2, 501, 20)).astype(np.float32)
+    rope_now = np.zeros((3, 2, 20), np.float32)
     argument = pack(
         rows, np.uint64(rows.strides[0]), np.int32(bf16), np.int32(hidden), np.int32(stride),
-        (tokens, slots, positions), x, to_slots, to_positions,
+        (tokens, slots, positions), x, to_slots, to_positions, cosine, sine, np.int32(20), rope_now,
     )  # fmt: skip
-    arrays = [rows, tokens, slots, positions, x, to_slots, to_positions]
+    arrays = [rows, tokens, slots, positions, x, to_slots, to_positions, cosine, sine, rope_now]
     launch_both_ways(engine, "halo_embed", (3, 1, 1), (THREADS, 1, 1), argument, arrays)
     assert (x[:, :hidden].view(np.uint32) == want[tokens].view(np.uint32)).all() and not x[:, hidden:].any()
     assert (to_slots == slots).all() and (to_positions == positions).all()
+    assert (rope_now == np.stack([cosine[positions], sine[positions]], axis=1)).all()
 
 
 @pytest.mark.parametrize("count", [1, 5, 16])
@@ -155,8 +158,8 @@ def test_repack(
     want = layouts.device_tiles(packing, whole)
     got = np.full(want.shape, 0xEEEEEEEE, np.uint32)
     argument = pack(
-        *sources, np.int32(rows[0]), np.int32(rows[1]), np.int32(interleaved), np.int32(len(whole)), np.int32(cols),
-        np.int32(want.shape[0]), np.int32(want.shape[1]), got,
+        *sources, np.int32(rows[0]), np.int32(rows[1]), np.int32(interleaved), np.int32(len(whole)),
+        np.int32(cols), np.int32(want.shape[0]), np.int32(want.shape[1]), got,
     )  # fmt: skip
     arrays = [*(source for source in sources if source is not None), got]
     grid = (-(-want.size // THREADS), 1, 1)
@@ -203,14 +206,17 @@ class _Product:
         argument = pack(
             self.tiles, self.scales, np.int32(self.rows), np.int32(tile_count), np.int32(steps), self.x,
             None if int8 else self.norm, np.int32(self.n), np.float32(EPS), of_rows, np.int32(self.tokens),
-            np.int32(self.x.shape[1]), np.int32(self.out.shape[1]), np.int32(self.silu), self.out, self.status,
+            np.int32(self.x.shape[1]), np.int32(self.out.shape[1]), np.int32(self.silu), self.out,
+            self.status,
         )  # fmt: skip
         share = -(-tile_count // blocks) + 1
         lds = room + max(1, _pieces(name)) * share * layouts.TILE_ROWS * 4
         for array in (self.tiles, self.scales, self.x, self.norm, *int8):
             array.flags.writeable = False
         arrays = [self.tiles, self.scales, self.x, self.norm, *int8, self.out, self.status]
-        launch_both_ways(engine, name, (blocks, 1, 1), (THREADS, 1, 1), argument, arrays, lds=lds)
+        launch_both_ways(
+            engine, name, (blocks, 1, 1), (engine.threads(name), 1, 1), argument, arrays, lds=lds
+        )
 
 
 def _pieces(name: str) -> int:
@@ -253,7 +259,7 @@ def test_product_of_several_tokens(
     steps, cols = product.tiles.shape[1], layouts.COLS[packing]
     piece, want = min(MANY // (which * cols), steps), product.want(x)
     product.launch(
-        engine, f"halo_{packing}_{epilogue}_{which}", 2 if shape[0] > 16 else 1, _padded_int8(x, steps * cols),
-        which * piece * cols,
+        engine, f"halo_{packing}_{epilogue}_{which}", 2 if shape[0] > 16 else 1,
+        _padded_int8(x, steps * cols), which * piece * cols,
     )  # fmt: skip
     assert (product.out == want).all()
