@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -394,6 +395,20 @@ def test_weights_that_are_not_finite_are_an_error_and_the_slot_can_go_on(
                 with pytest.raises(HaloError, match="gap"):
                     session.run([1], [0], [2], [False])
                 session.run([1], [0], [1], [False])
+
+
+@pytest.mark.parametrize("table", ["rope_cos", "rope_sin"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 3e38, -1.5])
+def test_a_cosine_beyond_one_is_refused_when_the_file_is_opened(
+    tmp_path: Path, files: dict[str, Path], native_library: Path, table: str, number: float
+) -> None:
+    """Found by fuzzing: an infinite one makes queries that are no numbers, which have no int8 form."""
+    data = bytearray(files["plain"].read_bytes())
+    entry = next(e for e in read_directory(files["plain"])[1] if e.name == table)
+    struct.pack_into("<f", data, entry.offset + entry.row_bytes + 4, number)
+    (tmp_path / "m").write_bytes(resealed(data))
+    with pytest.raises(HaloError, match=f"{table} of .* has a number beyond 1"):
+        NativeModel.open(tmp_path / "m", native_library)
 
 
 def test_a_session_outlives_its_model_and_closing_twice_is_harmless(

@@ -84,6 +84,7 @@ Model::Model(const char *path, bool copy) : path_(path) {
     next_ = 0;
     layers.clear();
     read_directory();
+    check_rope();
   } catch (...) {
     munmap((void *)data_, size_);
     throw;
@@ -190,6 +191,16 @@ void Model::read_layer(const std::string &prefix) {
   layer.up = ternary(prefix + "up", inter, hidden);
   layer.down = ternary(prefix + "down", hidden, inter);
   layers.push_back(layer);
+}
+
+// No cosine is beyond 1. An infinity there makes a query that is no number, which is no int8 either.
+void Model::check_rope() const {
+  const size_t count = (size_t)config.max_seq_len * rope_row;
+  for (const float *table : {rope_cos, rope_sin})
+    for (size_t i = 0; i < count; ++i)
+      if (!(fabsf(table[i]) <= 1.0f))
+        throw Failure(HALO_FORMAT, "the tensor %s of %s has a number beyond 1", table == rope_cos ? "rope_cos" : "rope_sin",
+                      path_.c_str());
 }
 
 void Model::read_directory() {

@@ -68,6 +68,7 @@ class Model {
   void read_directory();
   void load(bool copy);
   void check_padding(const std::vector<Entry> &entries) const;
+  void check_rope() const;
   const uint8_t *tensor(const std::string &name, uint32_t dtype, int rows, int cols, uint32_t row_bytes, size_t bytes);
   const float *floats(const std::string &name, int rows, int cols);
   Ternary ternary(const std::string &name, int rows, int cols);
