@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.arithmetic import fma
-from tests.engine.hip import emulator, fragments
+from tests.engine.hip import fragments, overrides
 from tests.engine.hip.emulator import KernelFault, Program, launch, launch_both_ways, pack
 
 LANE = np.arange(32)
@@ -92,9 +92,7 @@ def test_division_is_exact(probes: Program, kind: Callable[[int], np.ndarray]) -
 def test_root_and_rounding_are_exact(probes: Program) -> None:
     x = np.abs(_wild(6))
     assert (_floats(probes, "root", x) == np.sqrt(x)).all()
-    halves = np.resize(np.array([0.5, 1.5, 2.5, -0.5, 0.49999997, 8388607.5, -8388609, 3.2]), 64).astype(
-        np.float32
-    )
+    halves = np.array([0.5, 1.5, 2.5, -0.5, 0.49999997, 8388607.5, -8388609, 3.2], np.float32).repeat(8)
     assert (_floats(probes, "nearest", halves) == np.rint(halves)).all()
 
 
@@ -124,9 +122,9 @@ def _fragments(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> list[np.ndarray]:
 def test_matrix_instruction_agrees_with_the_map(
     probes: Program, monkeypatch: pytest.MonkeyPatch, tinygrads: bool
 ) -> None:
-    """hipcc's v_wmma, run by this project's map and by tinygrad's own, which others wrote: three sums in a row."""
+    """hipcc's v_wmma, run by this project's map, and by tinygrad's, which others wrote; three sums in a row."""
     if tinygrads:
-        monkeypatch.setattr(emulator.overrides, "find", lambda inst, name: None)
+        monkeypatch.setattr(overrides, "find", lambda inst, name: None)
     code = Program(probes.code)  # decoded anew
     a, b, c = _matrices(8)
     out = np.zeros((32, 8), np.uint32)
