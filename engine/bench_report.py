@@ -73,20 +73,17 @@ def expect_cpu(line: dict[str, Any], bandwidth: float) -> dict[str, Any] | None:
     }
 
 
-def kernel_table(shape: Shape, chip: Chip, line: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
-    """What the step of a line is expected to be made of, kernel by kernel."""
-    step = step_of(line, shape, tokens)
+def kernel_rows(step: Step, chip: Chip) -> list[str]:
+    """A table of what a step is expected to be made of."""
     whole = step.seconds(chip)
-    return [
-        {
-            "kernel": kernel.name,
-            "launches": kernel.launches,
-            "bytes": round(kernel.bytes),
-            "seconds": kernel.seconds(chip),
-            "share": kernel.seconds(chip) / whole,
-        }
-        for kernel in step.kernels
-    ]
+    rows = ["| kernel | launches | MB each | ms | share |", "|---|---|---|---|---|"]
+    for kernel in step.kernels:
+        spent = kernel.seconds(chip)
+        rows.append(
+            f"| {kernel.name} | {kernel.launches} | {kernel.bytes / 1e6:.3f} | {1e3 * spent:.3f} "
+            f"| {spent / whole:.0%} |"
+        )
+    return rows
 
 
 def issue_text(result: dict[str, Any]) -> list[str]:
@@ -149,21 +146,7 @@ def _name(line: dict[str, Any]) -> str:
 
 def _kernels(result: dict[str, Any]) -> list[str]:
     table = result.get("kernels")
-    if not table:
-        return []
-    rows = [
-        "",
-        f"Expected of each kernel ({table['of']}):",
-        "",
-        "| kernel | launches | MB each | ms | share |",
-        "|---|---|---|---|---|",
-    ]
-    for each in table["kernels"]:
-        size, spent = each["bytes"] / 1e6, 1e3 * each["seconds"]
-        rows.append(
-            f"| {each['kernel']} | {each['launches']} | {size:.3f} | {spent:.3f} | {each['share']:.0%} |"
-        )
-    return rows
+    return ["", f"Expected of each kernel ({table['of']}):", "", *table["rows"]] if table else []
 
 
 def add_expectations(
@@ -189,7 +172,5 @@ def add_expectations(
         line["expected"] = expect_gpu(line, shape, chip, tokens)
     decodes = [line for line in result["lines"] if line["kind"] == "decode" and line["expected"]]
     if decodes:
-        result["kernels"] = {
-            "of": _name(decodes[0]),
-            "kernels": kernel_table(shape, chip, decodes[0], tokens),
-        }
+        rows = kernel_rows(step_of(decodes[0], shape, tokens), chip)
+        result["kernels"] = {"of": _name(decodes[0]), "rows": rows}

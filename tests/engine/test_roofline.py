@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from engine.bench_report import add_expectations, chip_of, issue_text, shape_of
 from engine.bench_synthetic import SHAPES
 from engine.formats.prepared import prepare
 from engine.roofline import GFX1151, Chip, Kernel, Packing, Shape, decode_step, prefill_steps
-from tests.engine.test_bench import bench
+from tests.engine.test_bench import ROOT, bench
 
 BIG = Shape(SHAPES["2b4t"])
 NO_LAUNCHES = replace(GFX1151, launch=0.0)
@@ -146,8 +147,8 @@ def test_an_issues_table_has_measured_beside_expected(prepared: Path) -> None:
     tables = [line for line in text if line.startswith("| ")]
     assert len({line.count("|") for line in tables[:5]}) == 1, "every row has every column"
     assert "212.0 GB/s (as others measured)" in "\n".join(text) and "AMD Radeon 8060S gfx1151" in text[0]
-    kernels = result["kernels"]["kernels"]
-    assert sum(each["share"] for each in kernels) == pytest.approx(1.0)
+    spent = [float(row.split("|")[4]) for row in result["kernels"]["rows"][2:]]
+    assert sum(spent) == pytest.approx(1e3 * result["lines"][1]["expected"]["seconds"], abs=0.01)
     assert any(line.startswith("| gate and up |") for line in text)
     assert result["lines"][3]["expected"] is None, "more sequences than a step takes are not guessed at"
 
@@ -170,6 +171,21 @@ def test_of_the_cpu_the_bytes_by_the_measured_bandwidth_are_expected(prepared: P
     assert eight["tokens_per_second"] == pytest.approx(50.0)
     text = issue_text(result)
     assert "backend cpu (there is no GPU)" in text[0] and "34.0 GB/s (measured)" in "\n".join(text)
+
+
+def test_the_page_of_the_kernels_has_its_tables_from_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.bench_expected"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if "|" in line
+    ]
+    first = rows[2]
+    assert first[:2] == ["decode at 128", "1.6 bits"] and first[7] == "154"
+    least, most = map(int, first[3].split(" to "))
+    assert least < int(first[2]) < most and int(first[2]) == round(decode_step(BIG, 128).rate(GFX1151))
 
 
 def test_the_command_prints_the_report(tmp_path: Path, native_library: Path) -> None:
