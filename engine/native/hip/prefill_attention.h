@@ -47,6 +47,29 @@ GPU_DEVICE float largest_of_lanes(float x) {
   return x;
 }
 
+// Scales of a lane's run. At once where that is one load; gfx11 has no registers left for more than one at a time.
+struct Run {
+#if defined(HALO_MMA_SYNC)
+  uint4 four;
+#else
+  const float *from;
+#endif
+};
+GPU_DEVICE Run run_at(const float *from) {
+#if defined(HALO_MMA_SYNC)
+  return {*(const uint4 *)from};
+#else
+  return {from};
+#endif
+}
+GPU_DEVICE float of_run(const Run &r, int i) {
+#if defined(HALO_MMA_SYNC)
+  return float_of(word_at(r.four, i));
+#else
+  return r.from[i];
+#endif
+}
+
 const uint32_t kHidden = 0xff800000u;  // the score of a position that is not seen: -inf
 
 // Sums to scores (as bits), and the largest.
@@ -57,13 +80,13 @@ GPU_DEVICE void finish_scores(int (&sums)[16][8], const float *key_scales, int p
   GPU_UNROLL
   for (int u = 0; u < 16; ++u) {
     if (u / 2 >= pairs) continue;
+    const Run scales = run_at(key_scales + 16 * u + first);
     GPU_UNROLL
     for (int i = 0; i < mma::kRun; ++i) {
-      const float scale = key_scales[16 * u + first + i];
       GPU_UNROLL
       for (int q = 0; q < mma::kLaneQueries; ++q) {
         int &sum = sums[u][mma::result(q, i)];
-        float score = (float)sum * scale * r.scale[q];
+        float score = (float)sum * of_run(scales, i) * r.scale[q];
         if (16 * u + first + i >= r.limit[q]) score = float_of(kHidden);
         r.top[q] = score > r.top[q] ? score : r.top[q];
         sum = (int)bits_of(score);
@@ -95,15 +118,15 @@ GPU_DEVICE void finish_weights(int (&sums)[16][8], const float *value_scales, in
   GPU_UNROLL
   for (int u = 0; u < 16; ++u) {
     if (u / 2 >= pairs) continue;
+    const Run scales = run_at(value_scales + 16 * u + first);
     GPU_UNROLL
     for (int i = 0; i < mma::kRun; ++i) {
-      const float scale = value_scales[16 * u + first + i];
       GPU_UNROLL
       for (int q = 0; q < mma::kLaneQueries; ++q) {
         int &sum = sums[u][mma::result(q, i)];
         const bool hidden = (uint32_t)sum == kHidden;
         const float weight = hidden ? 0.0f : exp_of(float_of((uint32_t)sum) - r.top[q]);
-        const float scaled_weight = hidden ? 0.0f : weight * scale;
+        const float scaled_weight = hidden ? 0.0f : weight * of_run(scales, i);
         lanes[q][i] = lanes[q][i] + weight;
         most[q] = scaled_weight > most[q] ? scaled_weight : most[q];
         sum = (int)bits_of(scaled_weight);
