@@ -122,7 +122,7 @@ def _fragments(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> list[np.ndarray]:
 def test_matrix_instruction_agrees_with_the_map(
     probes: Program, monkeypatch: pytest.MonkeyPatch, tinygrads: bool
 ) -> None:
-    """hipcc's v_wmma, run by this project's map, and by tinygrad's, which others wrote; three sums in a row."""
+    """hipcc's v_wmma, run by this project's map, and by tinygrad's, which others wrote: three sums."""
     if tinygrads:
         monkeypatch.setattr(overrides, "find", lambda inst, name: None)
     code = Program(probes.code)  # decoded anew
