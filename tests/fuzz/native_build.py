@@ -23,7 +23,7 @@ def build(folder: Path) -> Path:
     """Build with clang, whose runtime libFuzzer is in; returns the program."""
     flags = "-fsanitize=fuzzer-no-link -fno-sanitize-recover=all"
     configure = ["cmake", "-S", str(NATIVE), "-B", str(folder / "library"), "-DCMAKE_CXX_COMPILER=clang++"]
-    configure += [f"-DCMAKE_CXX_FLAGS={flags}", f"-DHALO_SANITIZE={SANITIZE}"]
+    configure += [f"-DCMAKE_CXX_FLAGS={flags}", f"-DHALO_SANITIZE={SANITIZE}", "-DHALO_HIP=OFF"]
     program = folder / "fuzz_model"
     source = Path(__file__).parent / "native" / "fuzz_model.cpp"
     link = [
