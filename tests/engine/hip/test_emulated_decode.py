@@ -40,6 +40,11 @@ def _filled(n: int) -> int:
     return -(-n // 16) * 16
 
 
+def _row_bytes(n: int) -> int:
+    """LDS that a row takes while it is quantised: row_bytes_of() of arithmetic.h."""
+    return 64 * (-(-_filled(n) // 512) * 32 + 4)
+
+
 def _norm(rng: np.random.Generator, n: int) -> np.ndarray:
     """A norm's weights, filled up with zeros like the rows that meet them."""
     norm = np.zeros(_filled(n), np.float32)
@@ -72,7 +77,7 @@ def test_norm(engine: Program, n: int, with_norm: bool) -> None:
     arrays = [a for a in (x, norm, q, scale, total, status) if a is not None]
     x.flags.writeable = False
     launch_both_ways(
-        engine, "halo_norm", (3, 1, 1), (THREADS, 1, 1), argument, arrays, lds=SCRATCH + 4 * _filled(n)
+        engine, "halo_norm", (3, 1, 1), (THREADS, 1, 1), argument, arrays, lds=SCRATCH + _row_bytes(n)
     )
     rows = reference.rmsnorm(x[:, :n], norm[:n], EPS) if norm is not None else x[:, :n]
     want_q, want_scale, want_sum = _padded_int8(rows, padded)
@@ -99,7 +104,9 @@ def test_norm_says_what_is_not_finite(engine: Program, bad: float) -> None:
         status,
     )
     arrays = [x, norm, q, scale, total, status]
-    launch_both_ways(engine, "halo_norm", (2, 1, 1), (THREADS, 1, 1), argument, arrays, lds=SCRATCH + 4 * 48)
+    launch_both_ways(
+        engine, "halo_norm", (2, 1, 1), (THREADS, 1, 1), argument, arrays, lds=SCRATCH + _row_bytes(40)
+    )
     want, _, _ = _padded_int8(reference.rmsnorm(x[:1, :40], norm[:40], EPS), 320)
     assert status[0] == 1 and not q[1].any() and (q[:1] == want).all()
 
@@ -237,7 +244,7 @@ def test_product_of_one_token(engine: Program, packing: str, epilogue: str, shap
     for blocks in (1, 3) if shape[0] > 24 else (1,):
         product = _Product(packing, name, shape, 1, silu=silu)
         want = product.want(reference.rmsnorm(product.x[:, : product.n], product.norm[: product.n], EPS))
-        room = SCRATCH + 4 * _filled(product.n) + product.tiles.shape[1] * layouts.COLS[packing]
+        room = SCRATCH + _row_bytes(product.n) + product.tiles.shape[1] * layouts.COLS[packing]
         product.launch(engine, f"halo_{packing}_{name}_1", blocks, (), room)
         assert (product.out == want).all() and product.status[0] == 0
 

@@ -16,9 +16,9 @@ from tests.engine.hip.emulator import Program, launch_both_ways, pack
 PREFILL = {"halo_prefill_f16"} | {
     f"halo_prefill_{form}{more}" for form in ("int8", "rotor3") for more in ("", "_256")
 }
-KERNELS = PREFILL | {f"halo_gemm_{shape}_{digits}" for shape in ("middle", "narrow") for digits in (2, 3)}
 # tokens and rows of a block, waves that share the columns
-SHAPES = {"middle": (128, 128, 1), "narrow": (32, 64, 4)}
+SHAPES = {"middle": (128, 128, 1), "small": (64, 64, 2), "narrow": (32, 64, 4)}
+KERNELS = PREFILL | {f"halo_gemm_{shape}_{digits}" for shape in SHAPES for digits in (2, 3)}
 STAGES = 2
 PACKINGS = {2: "two", 3: "three"}
 EPILOGUES = ["store", "add", "gated"]
