@@ -17,19 +17,6 @@ GPU_DEVICE float add_lanes(float x) {
   return x;
 }
 
-GPU_DEVICE uint32_t wave_max(uint32_t x) {
-  for (int half = 16; half; half /= 2) {
-    uint32_t other = shuffle_xor(x, half);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
-GPU_DEVICE int wave_sum(int x) {
-  for (int half = 16; half; half /= 2) x += shuffle_xor(x, half);
-  return x;
-}
-
 // Of all threads of the block. `scratch` is shared, a word for each wave; the block meets twice.
 template <int kThreads>
 GPU_DEVICE uint32_t block_max(uint32_t x, uint32_t *scratch) {
@@ -150,31 +137,98 @@ GPU_DEVICE float quantum(uint32_t bits) {
 // For rows of which no thread has more than this many fours.
 const int kFours = 4;
 
-// quantized_row() with the row in registers all along; only the sum of squares goes through shared memory.
+// A row in shared memory for its sum of squares: the elements of one lane of the 16 behind one another, `lane_row` apart,
+// so that a thread reads four links of its chain at once; 4 more than a multiple of 32, so that eight lanes read all banks.
+GPU_DEVICE int lane_row(int filled) { return (filled / 16 + 31) / 32 * 32 + 4; }
+
+// inverse_rms() of such a row, whose elements from filled / 16 to the next four are 0 in every lane. The first wave works.
+GPU_DEVICE void inverse_rms_of_lanes(const float *lanes, int n, int filled, float eps, float *result) {
+  if (wave_id() == 0) {
+    const int kAtOnce = 4;  // fours
+    const uint4 *own = (const uint4 *)(lanes + lane_id() % 16 * lane_row(filled));
+    const int fours = (filled / 16 + 3) / 4, whole = fours / kAtOnce * kAtOnce;
+    float sum = 0.0f;
+    uint4 now[kAtOnce];
+    for (int i = 0; i < whole; i += kAtOnce) {
+      GPU_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) now[k] = own[i + k];
+      GPU_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        sum = fused(float_of(now[k].x), float_of(now[k].x), sum);
+        sum = fused(float_of(now[k].y), float_of(now[k].y), sum);
+        sum = fused(float_of(now[k].z), float_of(now[k].z), sum);
+        sum = fused(float_of(now[k].w), float_of(now[k].w), sum);
+      }
+    }
+    for (int i = whole; i < fours; ++i) {
+      now[0] = own[i];
+      sum = fused(float_of(now[0].x), float_of(now[0].x), sum);
+      sum = fused(float_of(now[0].y), float_of(now[0].y), sum);
+      sum = fused(float_of(now[0].z), float_of(now[0].z), sum);
+      sum = fused(float_of(now[0].w), float_of(now[0].w), sum);
+    }
+    sum = add_lanes(sum);
+    if (thread_id() == 0) *result = 1.0f / root(sum / (float)n + eps);
+  }
+  sync_block();
+}
+
+GPU_DEVICE void put_in_lanes(float *lanes, int filled, int four, const uint4 &v) {
+  const int lane = 4 * four % 16, at = 4 * four / 16, row = lane_row(filled);
+  lanes[lane * row + at] = float_of(v.x);
+  lanes[(lane + 1) * row + at] = float_of(v.y);
+  lanes[(lane + 2) * row + at] = float_of(v.z);
+  lanes[(lane + 3) * row + at] = float_of(v.w);
+}
+
+// Bytes of shared memory that quantized_row() wants for a row of n.
+GPU_HOST_DEVICE size_t row_bytes_of(int n) {
+  const int filled = (n + 15) / 16 * 16;
+  return (size_t)64 * ((filled / 16 + 31) / 32 * 32 + 4);
+}
+
+GPU_DEVICE uint4 four_of_lanes(const float *lanes, int filled, int four) {
+  const int lane = 4 * four % 16, at = 4 * four / 16, row = lane_row(filled);
+  return make_uint4(bits_of(lanes[lane * row + at]), bits_of(lanes[(lane + 1) * row + at]),
+                    bits_of(lanes[(lane + 2) * row + at]), bits_of(lanes[(lane + 3) * row + at]));
+}
+
+// quantized_row() for short rows: each thread keeps its part in registers, but not while the sum of squares is made, whose
+// chain is as fast as the first wave's registers let it read ahead.
 template <int kThreads>
 GPU_DEVICE RowFacts quantized_fours(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
                                     uint32_t *scratch) {
   const int filled = (n + 15) / 16 * 16, waves = kThreads / kWave;
-  uint4 own[kFours], weights[kFours];
-  GPU_UNROLL
-  for (int g = 0; g < kFours; ++g) {
-    const int i = thread_id() + g * kThreads;
-    own[g] = 4 * i < filled ? ((const uint4 *)x)[i] : make_uint4(0, 0, 0, 0);
-    if (norm) weights[g] = 4 * i < filled ? ((const uint4 *)norm)[i] : make_uint4(0, 0, 0, 0);
-  }
+  uint4 own[kFours];
   if (norm) {
     GPU_UNROLL
+    for (int g = 0; g < kFours; ++g) {
+      const int i = thread_id() + g * kThreads;
+      own[g] = 4 * i < filled ? ((const uint4 *)x)[i] : make_uint4(0, 0, 0, 0);
+    }
+    GPU_UNROLL
     for (int g = 0; g < kFours; ++g)
-      if (4 * (thread_id() + g * kThreads) < filled) ((uint4 *)row)[thread_id() + g * kThreads] = own[g];
+      if (4 * (thread_id() + g * kThreads) < (filled + 63) / 64 * 64) put_in_lanes(row, filled, thread_id() + g * kThreads, own[g]);
     sync_block();
-    inverse_rms(row, n, filled, eps, (float *)scratch + 2 * waves);
+    inverse_rms_of_lanes(row, n, filled, eps, (float *)scratch + 2 * waves);
     const float inverse = ((float *)scratch)[2 * waves];
     GPU_UNROLL
     for (int g = 0; g < kFours; ++g) {
-      own[g].x = bits_of(float_of(own[g].x) * inverse * float_of(weights[g].x));
-      own[g].y = bits_of(float_of(own[g].y) * inverse * float_of(weights[g].y));
-      own[g].z = bits_of(float_of(own[g].z) * inverse * float_of(weights[g].z));
-      own[g].w = bits_of(float_of(own[g].w) * inverse * float_of(weights[g].w));
+      const int i = thread_id() + g * kThreads;
+      own[g] = make_uint4(0, 0, 0, 0);
+      if (4 * i < filled) {
+        const uint4 x4 = four_of_lanes(row, filled, i), w4 = ((const uint4 *)norm)[i];
+        own[g].x = bits_of(float_of(x4.x) * inverse * float_of(w4.x));
+        own[g].y = bits_of(float_of(x4.y) * inverse * float_of(w4.y));
+        own[g].z = bits_of(float_of(x4.z) * inverse * float_of(w4.z));
+        own[g].w = bits_of(float_of(x4.w) * inverse * float_of(w4.w));
+      }
+    }
+  } else {
+    GPU_UNROLL
+    for (int g = 0; g < kFours; ++g) {
+      const int i = thread_id() + g * kThreads;
+      own[g] = 4 * i < filled ? ((const uint4 *)x)[i] : make_uint4(0, 0, 0, 0);
     }
   }
   uint32_t most = 0;
@@ -217,7 +271,7 @@ template <int kThreads>
 GPU_DEVICE RowFacts quantized_row(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
                                   uint32_t *scratch) {
   const int filled = (n + 15) / 16 * 16;
-  if (filled <= 4 * kFours * kThreads) return quantized_fours<kThreads>(x, norm, n, eps, padded, row, q, scratch);
+  if (filled <= 4 * kFours * kThreads - 64) return quantized_fours<kThreads>(x, norm, n, eps, padded, row, q, scratch);
   const uint32_t bits = normed_row<kThreads>(x, norm, n, eps, row, scratch);
   const bool is_finite = bits < kInfinityBits;
   const float scale = quantum(bits);

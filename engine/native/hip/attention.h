@@ -54,6 +54,7 @@ const int kFetched = 8;  // chunks of keys, and of values, that a thread fetches
 // element at every other (or every) chunk of positions.
 struct Fetched {
   uint4 keys[kFetched], values[kFetched];
+  float key_scale, value_scale;  // of the position
 };
 
 // Threads that share an element's positions.
@@ -322,16 +323,15 @@ GPU_DEVICE void merge_blocks(const AttentionArgs &a, const AttentionRoom &r, con
 
 // The new token's key and value into the cache, its queries as the form wants them, the block's scales.
 template <KvStore kForm>
-GPU_DEVICE void prepare(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, int token, int head, int group,
-                        int block, int limit, bool writes) {
+GPU_DEVICE void prepare(const AttentionArgs &a, const AttentionRoom &r, const KvHead &kv, const Fetched &f, int token, int head,
+                        int group, int limit, bool writes) {
   const int width = a.kv.width, size = a.kv.head_dim, position = a.positions[token];
   take_vectors(a, token, head, group, writes, r.raw);
   for (int i = thread_id(); i < group * width; i += kWideThreads) r.sums[i] = 0;
-  if (kForm != KvStore::f16)
-    for (int j = thread_id(); j < limit - writes; j += kWideThreads) {
-      r.key_scales[j] = kv.key_scales[block * kBlockOfKv + j];
-      r.value_scales[j] = kv.value_scales[block * kBlockOfKv + j];
-    }
+  if (kForm != KvStore::f16 && thread_id() < limit - writes) {
+    r.key_scales[thread_id()] = f.key_scale;
+    r.value_scales[thread_id()] = f.value_scale;
+  }
   sync_block();
   if (kForm == KvStore::f16) {
     if (writes) put_halves(kv, r.raw + group * width, width, position);
@@ -370,7 +370,12 @@ GPU_DEVICE void attend(const AttentionArgs &a) {
   const KvHead kv = kv_head(a.kv, slot, a.layer, head, kForm);
   Fetched f;
   if (fetched) fetch<kForm>(f, kv, width, block, limit);
-  prepare<kForm>(a, r, kv, token, head, group, block, limit, writes);
+  if (kForm != KvStore::f16 && thread_id() < limit - writes) {
+    const int at = block * kBlockOfKv + thread_id();
+    f.key_scale = kv.key_scales[at];
+    f.value_scale = kv.value_scales[at];
+  }
+  prepare<kForm>(a, r, kv, f, token, head, group, limit, writes);
   if (fetched && writes) patch(f, r, width, limit - 1);
   if (kForm == KvStore::f16) {
     float_scores(a, r, kv, block, limit, group);

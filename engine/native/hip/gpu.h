@@ -21,22 +21,34 @@
 #define GPU_KERNEL(threads) extern "C" void
 #define GPU_KERNEL_TWO(threads) extern "C" void
 #define GPU_DEVICE static inline
+#define GPU_HOST_DEVICE static inline
 #define GPU_UNROLL
 #elif defined(__HIP__)
 #define GPU_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads) void
 #define GPU_KERNEL_TWO(threads) extern "C" __global__ __launch_bounds__(threads) void
 #define GPU_DEVICE static __device__ __forceinline__
+#define GPU_HOST_DEVICE static __host__ __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
 #else
 #define GPU_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define GPU_KERNEL_TWO(threads) extern "C" __global__ void __launch_bounds__(threads, 2)
 #define GPU_DEVICE static __device__ __forceinline__
+#define GPU_HOST_DEVICE static __host__ __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
 #endif
 
 namespace halo {
 
 const int kWave = 32;
+
+// Shared memory in which a block may hold weights that are on their way, where the hardware copies by itself.
+#if defined(HALO_SIM)
+const int kStagedBytes = 4 << 10;
+#elif defined(__HIP__)
+const int kStagedBytes = 0;
+#else
+const int kStagedBytes = 80 << 10;
+#endif
 
 #if defined(HALO_SIM)
 
@@ -50,6 +62,19 @@ GPU_DEVICE void sync_block() { sim::sync_block(); }
 GPU_DEVICE void sync_wave() { sim::sync_wave(); }
 GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return sim::exchange(x, (thread_id() % kWave) ^ mask); }
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return sim::exchange(x, lane); }
+GPU_DEVICE uint32_t wave_max(uint32_t x) {
+  for (int half = 16; half; half /= 2) {
+    const uint32_t other = shuffle_xor(x, half);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+GPU_DEVICE int wave_sum(int x) {
+  for (int half = 16; half; half /= 2) x += (int)shuffle_xor((uint32_t)x, half);
+  return x;
+}
+GPU_DEVICE void stage(uint4 *shared, const uint4 *p) { *shared = *p; }
+GPU_DEVICE void wait_staged() {}
 GPU_DEVICE void fence() {}
 GPU_DEVICE void wait_for_previous() {}
 GPU_DEVICE void let_next_start() {}
@@ -116,6 +141,20 @@ GPU_DEVICE void sync_wave() {
 }
 GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return (uint32_t)__shfl_xor((int)x, mask, kWave); }
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return (uint32_t)__shfl((int)x, lane, kWave); }
+GPU_DEVICE uint32_t wave_max(uint32_t x) {
+  for (int half = 16; half; half /= 2) {
+    const uint32_t other = shuffle_xor(x, half);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+GPU_DEVICE int wave_sum(int x) {
+  for (int half = 16; half; half /= 2) x += (int)shuffle_xor((uint32_t)x, half);
+  return x;
+}
+// There is no copy to shared memory that goes on beside the wave: nothing is staged here (kStagedBytes).
+GPU_DEVICE void stage(uint4 *shared, const uint4 *p) { *shared = *p; }
+GPU_DEVICE void wait_staged() {}
 GPU_DEVICE void wait_for_previous() {}
 GPU_DEVICE void let_next_start() {}
 // What is read once a token: it need not push anything out of the caches.
@@ -141,6 +180,13 @@ GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 GPU_DEVICE void sync_wave() { __syncwarp(); }
 GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(~0u, x, lane); }
+GPU_DEVICE uint32_t wave_max(uint32_t x) { return __reduce_max_sync(~0u, x); }
+GPU_DEVICE int wave_sum(int x) { return __reduce_add_sync(~0u, x); }
+// A copy to shared memory that goes on by itself until wait_staged(); the thread that asked for it may read it then.
+GPU_DEVICE void stage(uint4 *shared, const uint4 *p) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(p));
+}
+GPU_DEVICE void wait_staged() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // The next kernel may start while this one runs: what it does before wait_for_previous() must not need this one's results.
 GPU_DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -16,7 +16,7 @@ void launch_embed(const EmbedArgs &args, int tokens, Stream &stream) {
 void launch_publish(const PublishArgs &args, Stream &stream) { launch(halo_publish, {1}, kWave, 0, stream, args); }
 
 void launch_norm(const NormArgs &args, int tokens, Stream &stream) {
-  launch(halo_norm, {tokens}, kThreads, kScratchBytes + (size_t)(args.n + 15) / 16 * 64, stream, args);
+  launch(halo_norm, {tokens}, kThreads, kScratchBytes + row_bytes_of(args.n), stream, args);
 }
 
 void launch_product(const ProductArgs &args, Packing packing, Epilogue epilogue, Stream &stream) {

@@ -119,9 +119,11 @@ GPU_DEVICE float taken(float x, uint32_t *status) {
 // One pair of elements of a vector of head_dim, turned by the token's position, to `to`, shared.
 GPU_DEVICE void take_pair(const AttentionArgs &a, const float *from, const float *cosine, const float *sine, int e, float *to) {
   const int half = a.kv.head_dim / 2;
-  const float x = taken(from[e], a.status), y = taken(from[e + half], a.status);
-  to[e] = x * cosine[e] - y * sine[e];
-  to[e + half] = y * cosine[e] + x * sine[e];
+  float x = from[e], y = from[e + half];
+  const float c = cosine[e], s = sine[e];
+  x = taken(x, a.status), y = taken(y, a.status);
+  to[e] = x * c - y * s;
+  to[e + half] = y * c + x * s;
 }
 
 // Vectors to `raw`, shared, [row][width], filled up with zeros: `queries` query heads of the group and (`writes`) the new

@@ -41,6 +41,10 @@ void launch(void (*kernel)(Args), Grid grid, int threads, size_t shared, Stream 
   cudaError_t error = cudaSuccess;
   if (shared > 48 << 10)
     error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  // One division of a multiprocessor's memory for all kernels: to change it, it would have to run empty between two.
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -172,50 +172,87 @@ GPU_DEVICE void finish_own(const ProductArgs &a, const int *sums, int first, int
   if (count > more) finish_rows<kEpilogue, kWideThreads>(a, sums + more, first + more, count - more, 0, x.sum, x.scale);
 }
 
+// Number `unit` of a wave's steps, if it has so many. Where nothing is staged the load is made in any case, of the last step
+// at most: a load under a condition is waited for at the condition's end (hipcc), and the others with it.
+GPU_DEVICE void load_ahead(uint4 &to, const uint4 *weights, int unit, int units) {
+  if (kStagedBytes) {
+    if (unit < units) to = load_once(weights + unit * kWave);
+  } else {
+    to = load_once(weights + (unit < units ? unit : units > 0 ? units - 1 : 0) * kWave);
+  }
+}
+
+// Of a norm's weights, where they are staged.
+GPU_HOST_DEVICE size_t norm_bytes(int n) { return kStagedBytes ? (size_t)(n + 15) / 16 * 64 : 0; }
+
+// Shared memory of product_of_one.
+GPU_HOST_DEVICE size_t one_bytes(int n, int padded, int tiles, int staged_units) {
+  return kScratchBytes + row_bytes_of(n) + norm_bytes(n) + padded + (size_t)tiles * kTileRows * 4 + (size_t)staged_units * kStepBytes;
+}
+
+// How many steps of each wave lie in shared memory, of the `units` that its block has.
+GPU_HOST_DEVICE int staged_steps(int units) {
+  const int most = kStagedBytes / (kWideWaves * kStepBytes), own = (units + kWideWaves - 1) / kWideWaves;
+  return own < most ? own : most;
+}
+
+// The weights of a step come from shared memory where they were staged, from registers behind those.
 template <class Codes, int kEpilogue>
 GPU_DEVICE void product_of_one(const ProductArgs &a) {
-  const int filled = (a.n + 15) / 16 * 16, padded = a.steps * Codes::kCols;
+  const int padded = a.steps * Codes::kCols;
   const TileRange tiles = own_tiles(a.tile_count);
   const int units = (tiles.last - tiles.first) * a.steps;
   const int from = units * wave_id() / kWideWaves, to = units * (wave_id() + 1) / kWideWaves;
-  const uint4 *weights = a.tiles + ((size_t)tiles.first * a.steps + from) * kWave + lane_id();
-  uint4 ahead[kAhead];
-  GPU_UNROLL
-  for (int i = 0; i < kAhead; ++i)
-    if (from + i < to) ahead[i] = load_once(weights + i * kWave);
-  if (a.norm)
-    for (int i = 32 * thread_id(); i < a.n; i += 32 * kWideThreads) fetch_ahead(a.norm + i);
+  const int first_unit = from < units ? from : units - 1;  // of a wave that has none: what may be read
+  const uint4 *weights = a.tiles + ((size_t)tiles.first * a.steps + first_unit) * kWave + lane_id();
   const int count = (tiles.last - tiles.first) * kTileRows, first_row = tiles.first * kTileRows;
-  const RowScales scales = row_scales<kEpilogue>(a, first_row, count);
-  let_next_start();
-  wait_for_previous();
-  const float before = residual<kEpilogue>(a, first_row, count);
 
   uint8_t *shared = shared_memory();
   uint32_t *scratch = (uint32_t *)shared;
   float *row = (float *)(shared + kScratchBytes);
-  int8_t *q = (int8_t *)(row + filled);
-  int *sums = (int *)(q + padded);
+  uint4 *norm = (uint4 *)((uint8_t *)row + row_bytes_of(a.n));
+  int8_t *q = (int8_t *)norm + norm_bytes(a.n);
+  const int room = kStagedBytes ? staged_steps(units) : 0;  // of each wave
+  uint4 *staged = (uint4 *)(q + padded) + wave_id() * room * kWave + lane_id();
+  int *sums = (int *)((uint4 *)(q + padded) + kWideWaves * room * kWave);
+  const int held = to - from < room ? to - from : room;
+  for (int i = 0; i < held; ++i) stage(staged + i * kWave, weights + i * kWave);
+  const int own_units = to - from;
+  uint4 ahead[kAhead];
+  GPU_UNROLL
+  for (int i = 0; i < kAhead; ++i) load_ahead(ahead[i], weights, held + i, own_units);
+  if (a.norm && kStagedBytes)
+    for (int i = thread_id(); i < (a.n + 15) / 16 * 4; i += kWideThreads) stage(norm + i, (const uint4 *)a.norm + i);
+  const RowScales scales = row_scales<kEpilogue>(a, first_row, count);
+  wait_for_previous();
+  const float before = residual<kEpilogue>(a, first_row, count);
   for (int i = thread_id(); i < count; i += kWideThreads) sums[i] = 0;
-  RowFacts facts = quantized_row<kWideThreads>(a.x, a.norm, a.n, a.eps, padded, row, q, scratch);
+  if (kStagedBytes) wait_staged();  // each thread's own part of the norm, and weights that came meanwhile
+  const float *weights_of_norm = a.norm && kStagedBytes ? (const float *)norm : a.norm;
+  RowFacts facts = quantized_row<kWideThreads>(a.x, weights_of_norm, a.n, a.eps, padded, row, q, scratch);
   if (!facts.finite && thread_id() == 0) atomic_or(a.status, kNotFinite);
 
   typename Codes::Sums own;
   int tile = from / a.steps, step = from % a.steps;
   const int8_t *x = q + lane_id() / kTileRows * Codes::kPart;
-  for (int unit = from; unit < to; unit += kAhead) {
+  auto take = [&](const uint4 &w, bool last) {
+    Codes::add(own, w, x + step * Codes::kCols);
+    if (++step == a.steps || last) {
+      add_parts(Codes::total(own), sums + tile * kTileRows);
+      own = typename Codes::Sums();
+      step = 0;
+      ++tile;
+    }
+  };
+  let_next_start();  // not before: what the next one fetches would be in the way of this one's
+  for (int i = 0; i < held; ++i) take(staged[i * kWave], from + i + 1 == to);
+  for (int unit = from + held; unit < to; unit += kAhead) {
     GPU_UNROLL
     for (int i = 0; i < kAhead; ++i) {
       if (unit + i < to) {
         uint4 w = ahead[i];
-        if (unit + i + kAhead < to) ahead[i] = load_once(weights + (unit - from + i + kAhead) * kWave);
-        Codes::add(own, w, x + step * Codes::kCols);
-        if (++step == a.steps || unit + i + 1 == to) {
-          add_parts(Codes::total(own), sums + tile * kTileRows);
-          own = typename Codes::Sums();
-          step = 0;
-          ++tile;
-        }
+        load_ahead(ahead[i], weights, unit - from + i + kAhead, own_units);
+        take(w, unit + i + 1 == to);
       }
     }
   }
@@ -230,17 +267,23 @@ struct UnitRange {
 
 GPU_DEVICE UnitRange unit_range(int tiles, int steps) {
   const int units = tiles * steps, from = units * wave_id() / kWaves;
-  return {from, units * (wave_id() + 1) / kWaves, from / steps, from % steps, from / steps, from % steps, steps};
+  const int load = from < units ? from : units - 1;
+  return {from, units * (wave_id() + 1) / kWaves, from / steps, from % steps, load / steps, load % steps, steps};
+}
+
+// Move on to the unit that is loaded next, if there is one: else the last one is loaded again (see load_ahead).
+GPU_DEVICE void next_unit(UnitRange &units, int unit) {
+  if (unit >= units.to) return;
+  if (++units.load_step == units.steps) units.load_step = 0, ++units.load_tile;
 }
 
 template <int kFew>
 GPU_DEVICE void preload(uint4 (&ahead)[kFew], const uint4 *weights, UnitRange &units, int row_steps, int start) {
   GPU_UNROLL
-  for (int i = 0; i < kFew; ++i)
-    if (units.from + i < units.to) {
-      ahead[i] = load_once(weights + ((size_t)units.load_tile * row_steps + start + units.load_step) * kWave);
-      if (++units.load_step == units.steps) units.load_step = 0, ++units.load_tile;
-    }
+  for (int i = 0; i < kFew; ++i) {
+    ahead[i] = load_once(weights + ((size_t)units.load_tile * row_steps + start + units.load_step) * kWave);
+    next_unit(units, units.from + i + 1);
+  }
 }
 
 // Of up to kTokens tokens, whose int8 rows are there. Their columns pass through shared memory in pieces of whole steps.
@@ -282,16 +325,14 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
     for (int t = 0; t < kTokens; ++t) own[t] = 0;
     const int8_t *x = q + lane_id() / kTileRows * Codes::kPart;
     const int from = own_units.from, to = own_units.to;
-    int tile = own_units.tile, step = own_units.step, load_tile = own_units.load_tile, load_step = own_units.load_step;
+    int tile = own_units.tile, step = own_units.step;
     for (int unit = from; unit < to; unit += kFew) {
       GPU_UNROLL
       for (int i = 0; i < kFew; ++i) {
         if (unit + i < to) {
           uint4 w = ahead[i];
-          if (unit + i + kFew < to) {
-            ahead[i] = load_once(weights + ((size_t)load_tile * a.steps + start + load_step) * kWave);
-            if (++load_step == steps) load_step = 0, ++load_tile;
-          }
+          ahead[i] = load_once(weights + ((size_t)own_units.load_tile * a.steps + start + own_units.load_step) * kWave);
+          next_unit(own_units, unit + i + kFew + 1);
           Codes::template add_many<kTokens>(own, w, x + step * Codes::kCols, stride);
           if (++step == steps || unit + i + 1 == to) {
             GPU_UNROLL
@@ -398,7 +439,8 @@ inline void launch_product_kernel(const ProductArgs &args, Packing packing, Epil
   size_t shared;
   if (fused_row) {
     which = 0;
-    shared = kScratchBytes + (size_t)(args.n + 15) / 16 * 64 + (size_t)args.steps * cols + tiles * kTileRows * 4;
+    const int units = tiles * args.steps;
+    shared = one_bytes(args.n, args.steps * cols, tiles, kStagedBytes ? kWideWaves * staged_steps(units) : 0);
   } else {
     which = which ? which : 1;
     int piece = kManyBytes / ((1 << which) * cols);
