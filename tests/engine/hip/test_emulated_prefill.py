@@ -112,8 +112,10 @@ def _run(slot: int, first: int, count: int) -> list[tuple[int, int]]:
         ((64, 1, 2), _run(0, 250, 12)),
         ((128, 1, 4), _run(0, 0, 18)),
         ((256, 1, 1), _run(0, 7, 2)),
+        ((256, 2, 2), _run(0, 254, 4)),
+        ((256, 1, 5), _run(1, 0, 3) + _run(0, 40, 2)),
     ],
-    ids=["two-slots", "across-a-block", "two-tiles", "wide-heads"],
+    ids=["two-slots", "across-a-block", "two-tiles", "wide", "wide-across-a-block", "wide-two-slots"],
 )
 def test_attention_of_many_tokens(
     engine: Program, form: str, shape: tuple[int, int, int], tokens: list[tuple[int, int]]
