@@ -224,7 +224,12 @@ GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 
 GPU_DEVICE float shuffle_xor(float x, int mask) { return float_of(shuffle_xor(bits_of(x), mask)); }
 GPU_DEVICE int shuffle_xor(int x, int mask) { return (int)shuffle_xor((uint32_t)x, mask); }
+#if defined(__HIP__) && !defined(HALO_SIM)
+// The same for all lanes, and the compiler is told so: what depends on it alone needs no mask.
+GPU_DEVICE int wave_id() { return __builtin_amdgcn_readfirstlane(thread_id() / kWave); }
+#else
 GPU_DEVICE int wave_id() { return thread_id() / kWave; }
+#endif
 GPU_DEVICE int lane_id() { return thread_id() % kWave; }
 
 }  // namespace halo

@@ -246,16 +246,18 @@ GPU_DEVICE void product_of_one(const ProductArgs &a) {
   };
   let_next_start();  // not before: what the next one fetches would be in the way of this one's
   for (int i = 0; i < held; ++i) take(staged[i * kWave], from + i + 1 == to);
-  for (int unit = from + held; unit < to; unit += kAhead) {
+  int unit = from + held;
+  for (; unit + kAhead <= to; unit += kAhead) {
     GPU_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      if (unit + i < to) {
-        uint4 w = ahead[i];
-        load_ahead(ahead[i], weights, unit - from + i + kAhead, own_units);
-        take(w, unit + i + 1 == to);
-      }
+      uint4 w = ahead[i];
+      load_ahead(ahead[i], weights, unit - from + i + kAhead, own_units);
+      take(w, unit + i + 1 == to);
     }
   }
+  GPU_UNROLL
+  for (int i = 0; i < kAhead - 1; ++i)
+    if (unit + i < to) take(ahead[i], unit + i + 1 == to);
   sync_block();
   finish_own<kEpilogue>(a, sums, first_row, count, facts, scales, before);
 }
@@ -326,26 +328,31 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
     const int8_t *x = q + lane_id() / kTileRows * Codes::kPart;
     const int from = own_units.from, to = own_units.to;
     int tile = own_units.tile, step = own_units.step;
-    for (int unit = from; unit < to; unit += kFew) {
+    auto take = [&](const uint4 &w, bool last) {
+      Codes::template add_many<kTokens>(own, w, x + step * Codes::kCols, stride);
+      if (++step == steps || last) {
+        GPU_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          add_parts(own[t], sums + (t * count + tile) * kTileRows);
+          own[t] = 0;
+        }
+        step = 0;
+        ++tile;
+      }
+    };
+    int unit = from;
+    for (; unit + kFew <= to; unit += kFew) {
       GPU_UNROLL
       for (int i = 0; i < kFew; ++i) {
-        if (unit + i < to) {
-          uint4 w = ahead[i];
-          ahead[i] = load_once(weights + ((size_t)own_units.load_tile * a.steps + start + own_units.load_step) * kWave);
-          next_unit(own_units, unit + i + kFew + 1);
-          Codes::template add_many<kTokens>(own, w, x + step * Codes::kCols, stride);
-          if (++step == steps || unit + i + 1 == to) {
-            GPU_UNROLL
-            for (int t = 0; t < kTokens; ++t) {
-              add_parts(own[t], sums + (t * count + tile) * kTileRows);
-              own[t] = 0;
-            }
-            step = 0;
-            ++tile;
-          }
-        }
+        uint4 w = ahead[i];
+        ahead[i] = load_once(weights + ((size_t)own_units.load_tile * a.steps + start + own_units.load_step) * kWave);
+        next_unit(own_units, unit + i + kFew + 1);
+        take(w, unit + i + 1 == to);
       }
     }
+    GPU_UNROLL
+    for (int i = 0; i < kFew - 1; ++i)
+      if (unit + i < to) take(ahead[i], unit + i + 1 == to);
   }
   sync_block();
   for (int t = 0; t < a.tokens; ++t)

@@ -244,7 +244,9 @@ void *take(size_t bytes) {
   device();
   void *memory = nullptr;
   need(GPU(Malloc)(&memory, std::max<size_t>(bytes, 16)), "memory cannot be taken");
+  // Clearing goes on behind the host's back, in another order than what our streams do: so it is waited for.
   Error error = GPU(Memset)(memory, 0, bytes);
+  if (error == GPU(Success)) error = GPU(StreamSynchronize)(nullptr);
   if (error != GPU(Success)) {
     (void)GPU(Free)(memory);
     need(error, "memory cannot be cleared");
