@@ -9,6 +9,10 @@
 
 namespace halo {
 
+size_t least_row_bytes(int n) { return one_bytes(n, (n + 319) / 320 * 320, 2, 0); }
+
+size_t attention_bytes(int group, int width) { return attention_shared(group, width); }
+
 void launch_embed(const EmbedArgs &args, int tokens, Stream &stream) {
   launch(halo_embed, {tokens}, kThreads, 0, stream, args);
 }

@@ -126,6 +126,10 @@ struct RepackArgs {
   uint32_t *tiles;
 };
 
+// Of a block's shared memory: what a row of n activations, and what attention, must have at the least.
+size_t least_row_bytes(int n);
+size_t attention_bytes(int group, int width);
+
 void launch_embed(const EmbedArgs &args, int tokens, Stream &stream);
 void launch_publish(const PublishArgs &args, Stream &stream);
 void launch_norm(const NormArgs &args, int tokens, Stream &stream);

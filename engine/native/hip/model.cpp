@@ -30,11 +30,14 @@ void check_shape(const halo_config &c) {
   if (c.num_heads / c.num_kv_heads > kMostGroup)
     throw Failure(HALO_UNSUPPORTED, "%d query heads to a KV head are more than the GPU's attention holds (%d)",
                   c.num_heads / c.num_kv_heads, kMostGroup);
-  // A block of threads holds a row of activations, as floats and int8.
-  size_t longest = (size_t)std::max({c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim});
-  if (longest * 5 + 4096 > device().shared_bytes)
-    throw Failure(HALO_UNSUPPORTED, "rows of %zu activations are more than a block's %zu bytes hold", longest,
-                  device().shared_bytes);
+  const size_t room = device().shared_bytes;
+  const int longest = std::max({c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim});
+  if (least_row_bytes(longest) > room)
+    throw Failure(HALO_UNSUPPORTED, "rows of %d activations are more than the %zu bytes of a block of threads hold", longest,
+                  room);
+  if (attention_bytes(c.num_heads / c.num_kv_heads, round_up(c.head_dim, 16)) > room)
+    throw Failure(HALO_UNSUPPORTED, "%d query heads of %d elements to a KV head are more than the %zu bytes of a block hold",
+                  c.num_heads / c.num_kv_heads, c.head_dim, room);
 }
 
 }  // namespace

@@ -297,7 +297,7 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   piece = piece < a.steps ? piece : a.steps;
   const int stride = piece * Codes::kCols;
   const uint4 *weights = a.tiles + (size_t)tiles.first * a.steps * kWave + lane_id();
-  const int kFew = 4;
+  const int kFew = kTokens < 16 ? 4 : 2;  // with more, sixteen tokens' sums would not fit into the registers
   uint4 ahead[kFew];
   UnitRange own_units = unit_range(count, piece);
   preload<kFew>(ahead, weights, own_units, a.steps, 0);
@@ -427,6 +427,12 @@ GPU_KERNEL(kWave) halo_publish(PublishArgs a) {
   }
 }
 
+// Shared memory of product_of_many: a piece of the activations, and the sums.
+inline size_t many_bytes(int steps, int cols, int tiles, int tokens) {
+  const int piece = kManyBytes / (tokens * cols);
+  return (size_t)tokens * ((piece < steps ? piece : steps) * cols + tiles * kTileRows * 4);
+}
+
 // How many blocks share a matrix, none without a tile: of one token's (512 threads) one on each multiprocessor, beside
 // which the next kernel's fits; of several tokens' two. An AMD multiprocessor is a pair of compute units.
 inline int product_blocks(int tile_count, bool one) {
@@ -438,21 +444,19 @@ inline int product_blocks(int tile_count, bool one) {
 inline void launch_product_kernel(const ProductArgs &args, Packing packing, Epilogue epilogue, Stream &stream) {
   typedef void (*Kernel)(ProductArgs);
   static const Kernel table[2][3][5] = {HALO_PRODUCT_TABLE(two), HALO_PRODUCT_TABLE(three)};
-  const int cols = step_cols(packing), blocks = product_blocks(args.tile_count, !args.q.q);
-  const int tiles = (args.tile_count + blocks - 1) / blocks + 1;
-  int which = 0;
-  while (1 << which < args.tokens) ++which;
+  const int cols = step_cols(packing);
   const bool fused_row = !args.q.q;
+  int blocks = product_blocks(args.tile_count, fused_row), which = 0;
+  while (1 << which < args.tokens && !fused_row) ++which;
+  if (!fused_row && which == 0) which = 1;
+  // More blocks have fewer tiles each, whose sums take less of the shared memory.
   size_t shared;
-  if (fused_row) {
-    which = 0;
-    const int units = tiles * args.steps;
-    shared = one_bytes(args.n, args.steps * cols, tiles, kStagedBytes ? kWideWaves * staged_steps(units) : 0);
-  } else {
-    which = which ? which : 1;
-    int piece = kManyBytes / ((1 << which) * cols);
-    piece = piece < args.steps ? piece : args.steps;
-    shared = (size_t)(1 << which) * (piece * cols + tiles * kTileRows * 4);
+  for (;; blocks = blocks * 2 < args.tile_count ? blocks * 2 : args.tile_count) {
+    const int tiles = (args.tile_count + blocks - 1) / blocks + 1;
+    shared = fused_row ? one_bytes(args.n, args.steps * cols, tiles,
+                                   kStagedBytes ? kWideWaves * staged_steps(tiles * args.steps) : 0)
+                       : many_bytes(args.steps, cols, tiles, 1 << which);
+    if (shared <= device().shared_bytes || blocks == args.tile_count) break;
   }
   launch(table[packing == Packing::base_three][epilogue][which], {blocks}, fused_row ? kWideThreads : kThreads, shared,
          stream, args);

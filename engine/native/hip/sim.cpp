@@ -17,7 +17,7 @@ Place place;
 
 namespace {
 
-const size_t kStack = 64 << 10;
+const size_t kStack = 64 << 10, kMostShared = 64 << 10;
 const int kWaveThreads = 32, kMostThreads = 1024;
 enum class State { runs, waits_wave, waits_block, done };
 
@@ -150,6 +150,8 @@ void launch(const std::function<void()> &body, const int (&grid)[3], int threads
   Block &b = block_state();
   if (threads < 1 || threads > kMostThreads || threads % kWaveThreads)
     throw Failure(HALO_INTERNAL, "a block of %d threads cannot be", threads);
+  if (shared_bytes > kMostShared)
+    throw Failure(HALO_INTERNAL, "a block wants %zu bytes of shared memory, and gfx1151 has %zu", shared_bytes, kMostShared);
   b.threads = threads;
   b.body = &body;
   place.blocks = grid[0];
