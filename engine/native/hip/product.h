@@ -297,7 +297,7 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   piece = piece < a.steps ? piece : a.steps;
   const int stride = piece * Codes::kCols;
   const uint4 *weights = a.tiles + (size_t)tiles.first * a.steps * kWave + lane_id();
-  const int kFew = kTokens < 16 ? 4 : 2;  // with more, sixteen tokens' sums would not fit into the registers
+  const int kFew = kTokens < 16 ? 4 : 1;  // with more, the registers would not hold what hipcc reads ahead for 16 tokens
   uint4 ahead[kFew];
   UnitRange own_units = unit_range(count, piece);
   preload<kFew>(ahead, weights, own_units, a.steps, 0);
