@@ -178,7 +178,7 @@ def _fitted_safetensors(data: bytes) -> bytes:
     try:
         entries, end = json.JSONDecoder().raw_decode(data[8:].decode("latin-1"))
         size = max(entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__")
-        size = size if 0 <= size <= LARGEST else 0
+        size = size if isinstance(size, int) and 0 <= size <= LARGEST else 0
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return data
     body = data[8 + end :]
