@@ -1,10 +1,11 @@
 """What CMake makes of the options of the GPU engine: libraries found or lacking, said in words.
 
-Configured, not built; by this machine's CMake, and by that of the root that has hipcc.
+Configured and, by nvcc where it is, built; by this machine's CMake, and by that of the root that has hipcc.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from pathlib import Path
@@ -94,3 +95,16 @@ def test_a_target_that_the_compiler_does_not_know_is_named(hipcc: None, tmp_path
     done = _in_root(tmp_path, f"-DHALO_HIP={wanted}", "-DHALO_HIP_TARGETS=gfx9999")
     assert (done.code == 0) == (wanted == "AUTO")
     assert "/usr/bin/hipcc makes no code for gfx9999" in _in_words(done.out + done.err), done
+
+
+def test_nvcc_compiles_the_same_source(tmp_path: Path) -> None:
+    if not list(Path("/usr/local").glob("cuda*/bin/nvcc")) and not shutil.which("nvcc"):
+        pytest.skip("nvcc is not installed")
+    done = _configure(tmp_path, "-DHALO_HIP=OFF", "-DHALO_CUDA=ON", "-DCMAKE_BUILD_TYPE=Release")
+    assert done.code == 0, done
+    done = run(["cmake", "--build", tmp_path, "--target", "halo_cuda"], check=False, timeout=900)
+    assert done.code == 0, done
+    library, needed = ctypes.CDLL(str(tmp_path / "libhalo_cuda.so")), ctypes.c_size_t()
+    facts = ctypes.create_string_buffer(4096)
+    status = library.halo_device_facts(facts, ctypes.c_size_t(len(facts)), ctypes.byref(needed))
+    assert status in (0, 4)  # a GPU's facts; without one HALO_UNSUPPORTED, and no crash
