@@ -5,6 +5,7 @@
 
 namespace halo {
 
+const int kScratchBytes = 256;  // of a block's shared memory: for its sums and maxima
 const uint32_t kInfinityBits = 0x7f800000u;
 const uint32_t kTooLargeBits = 0x53800000u;  // 2^40: no sum of the attention can overflow below
 

@@ -62,17 +62,6 @@ GPU_DEVICE void sync_block() { sim::sync_block(); }
 GPU_DEVICE void sync_wave() { sim::sync_wave(); }
 GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return sim::exchange(x, (thread_id() % kWave) ^ mask); }
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return sim::exchange(x, lane); }
-GPU_DEVICE uint32_t wave_max(uint32_t x) {
-  for (int half = 16; half; half /= 2) {
-    const uint32_t other = shuffle_xor(x, half);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-GPU_DEVICE int wave_sum(int x) {
-  for (int half = 16; half; half /= 2) x += (int)shuffle_xor((uint32_t)x, half);
-  return x;
-}
 GPU_DEVICE void stage(uint4 *shared, const uint4 *p) { *shared = *p; }
 GPU_DEVICE void wait_staged() {}
 GPU_DEVICE void fence() {}
@@ -141,17 +130,6 @@ GPU_DEVICE void sync_wave() {
 }
 GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return (uint32_t)__shfl_xor((int)x, mask, kWave); }
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return (uint32_t)__shfl((int)x, lane, kWave); }
-GPU_DEVICE uint32_t wave_max(uint32_t x) {
-  for (int half = 16; half; half /= 2) {
-    const uint32_t other = shuffle_xor(x, half);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-GPU_DEVICE int wave_sum(int x) {
-  for (int half = 16; half; half /= 2) x += (int)shuffle_xor((uint32_t)x, half);
-  return x;
-}
 // There is no copy to shared memory that goes on beside the wave: nothing is staged here (kStagedBytes).
 GPU_DEVICE void stage(uint4 *shared, const uint4 *p) { *shared = *p; }
 GPU_DEVICE void wait_staged() {}
@@ -220,6 +198,20 @@ GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 }
 
 #endif
+#endif
+
+#if defined(HALO_SIM) || defined(__HIP__)  // the others have an instruction for it
+GPU_DEVICE uint32_t wave_max(uint32_t x) {
+  for (int half = 16; half; half /= 2) {
+    const uint32_t other = shuffle_xor(x, half);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+GPU_DEVICE int wave_sum(int x) {
+  for (int half = 16; half; half /= 2) x += (int)shuffle_xor((uint32_t)x, half);
+  return x;
+}
 #endif
 
 GPU_DEVICE float shuffle_xor(float x, int mask) { return float_of(shuffle_xor(bits_of(x), mask)); }

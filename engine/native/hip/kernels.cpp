@@ -6,6 +6,7 @@
 #include "prefill_kernels.h"
 #include "product.h"
 #include "repack.h"
+#include "step.h"
 
 namespace halo {
 

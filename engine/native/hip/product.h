@@ -6,6 +6,7 @@
 // either GPU that is cheaper than a kernel of its own. Several tokens come quantised.
 #pragma once
 #include "arithmetic.h"
+#include "codes.h"
 #include "kernels.h"
 #include "launch.h"
 
@@ -13,7 +14,6 @@ namespace halo {
 
 const int kAhead = 4;           // steps that each wave has on their way
 const int kWaves = kThreads / kWave, kWideWaves = kWideThreads / kWave;
-const int kScratchBytes = 256;  // of block-wide sums: arithmetic.h
 const int kManyBytes = 40 << 10;  // of the activations that a block holds at once: several tokens
 
 // The tiles of one block.
@@ -24,96 +24,6 @@ GPU_DEVICE TileRange own_tiles(int tile_count) {
   return {(int)((long long)tile_count * block_id() / block_count()),
           (int)((long long)tile_count * (block_id() + 1) / block_count())};
 }
-
-GPU_DEVICE uint32_t word_of(const uint4 &w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
-
-// Sums of one token: 16 bytes of codes times the activations that they meet. The codes stay where they are in their
-// bytes, times 4^s; the four sums are shifted back once, when all is added.
-struct TwoBits {
-  static const int kCols = 256, kPart = 64;
-  struct Sums {
-    int of[4] = {0, 0, 0, 0};
-  };
-  GPU_DEVICE void add(Sums &sums, const uint4 &w, const int8_t *x) {
-    GPU_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint4 four = ((const uint4 *)x)[i];
-      uint32_t word = word_of(w, i);
-      sums.of[0] = dot4_us(word & 0x03030303u, four.x, sums.of[0]);
-      sums.of[1] = dot4_us(word & 0x0c0c0c0cu, four.y, sums.of[1]);
-      sums.of[2] = dot4_us(word & 0x30303030u, four.z, sums.of[2]);
-      sums.of[3] = dot4_us(word & 0xc0c0c0c0u, four.w, sums.of[3]);
-    }
-  }
-  GPU_DEVICE int total(const Sums &s) { return s.of[0] + (s.of[1] >> 2) + (s.of[2] >> 4) + (s.of[3] >> 6); }
-  // Of several tokens, `stride` bytes apart.
-  template <int kTokens>
-  GPU_DEVICE void add_many(int *sums, const uint4 &w, const int8_t *x, int stride) {
-    GPU_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t word = word_of(w, i), codes[4];
-      GPU_UNROLL
-      for (int s = 0; s < 4; ++s) codes[s] = word >> 2 * s & 0x03030303u;
-      GPU_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        uint4 four = ((const uint4 *)(x + t * stride))[i];
-        sums[t] = dot4_us(codes[0], four.x, sums[t]);
-        sums[t] = dot4_us(codes[1], four.y, sums[t]);
-        sums[t] = dot4_us(codes[2], four.z, sums[t]);
-        sums[t] = dot4_us(codes[3], four.w, sums[t]);
-      }
-    }
-  }
-};
-
-struct BaseThree {
-  static const int kCols = 320, kPart = 80;
-  struct Sums {
-    int of[2] = {0, 0};
-  };
-  // Five times four codes of one word, by multiplying with 3 and taking what goes beyond the byte.
-  GPU_DEVICE void unpack(uint32_t word, uint32_t (&codes)[5]) {
-    uint32_t even = word & 0x00ff00ffu, odd = word >> 8 & 0x00ff00ffu;
-    GPU_UNROLL
-    for (int d = 0; d < 5; ++d) {
-      even = even + (even << 1);
-      odd = odd + (odd << 1);
-      codes[d] = (even >> 8 & 0x00030003u) | (odd & 0x03000300u);
-      even &= 0x00ff00ffu;
-      odd &= 0x00ff00ffu;
-    }
-  }
-  template <int kTokens>
-  GPU_DEVICE void add_many(int *sums, const uint4 &w, const int8_t *x, int stride) {
-    GPU_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t codes[5];
-      unpack(word_of(w, i), codes);
-      GPU_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        const uint32_t *own = (const uint32_t *)(x + t * stride) + 5 * i;
-        GPU_UNROLL
-        for (int d = 0; d < 5; ++d) sums[t] = dot4_us(codes[d], own[d], sums[t]);
-      }
-    }
-  }
-  GPU_DEVICE void add(Sums &sums, const uint4 &w, const int8_t *x) {
-    uint32_t four[20];
-    GPU_UNROLL
-    for (int i = 0; i < 5; ++i) {
-      uint4 v = ((const uint4 *)x)[i];
-      four[4 * i] = v.x, four[4 * i + 1] = v.y, four[4 * i + 2] = v.z, four[4 * i + 3] = v.w;
-    }
-    GPU_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t codes[5];
-      unpack(word_of(w, i), codes);
-      GPU_UNROLL
-      for (int d = 0; d < 5; ++d) sums.of[d % 2] = dot4_us(codes[d], four[5 * i + d], sums.of[d % 2]);
-    }
-  }
-  GPU_DEVICE int total(const Sums &s) { return s.of[0] + s.of[1]; }
-};
 
 // The four parts of a row lie in lanes l, l + 8, l + 16 and l + 24.
 GPU_DEVICE void add_parts(int sum, int *to) {
@@ -382,50 +292,6 @@ HALO_PRODUCTS(three, BaseThree)
         {halo_##codes##_gated_1, halo_##codes##_gated_2, halo_##codes##_gated_4, halo_##codes##_gated_8, \
          halo_##codes##_gated_16},                                                                   \
   }
-
-// A block each for every row of int8: what several tokens need, and prefill.
-GPU_KERNEL(kThreads) halo_norm(NormArgs a) {
-  let_next_start();
-  wait_for_previous();
-  const int token = block_id();
-  uint8_t *shared = shared_memory();
-  RowFacts facts =
-      quantized_row<kThreads>(a.x + (size_t)token * a.x_stride, a.norm, a.n, a.eps, a.padded,
-                              (float *)(shared + kScratchBytes), a.out.q + (size_t)token * a.out.stride, (uint32_t *)shared);
-  if (thread_id() == 0) {
-    a.out.scale[token] = facts.scale;
-    a.out.sum[token] = facts.sum;
-    if (!facts.finite) atomic_or(a.status, kNotFinite);
-  }
-}
-
-GPU_KERNEL(kThreads) halo_embed(EmbedArgs a) {
-  let_next_start();
-  wait_for_previous();
-  const int token = block_id();
-  const uint8_t *from = a.rows + (size_t)a.in.tokens[token] * a.row_bytes;
-  if (thread_id() == 0) {
-    a.slots[token] = a.in.slots[token];
-    a.positions[token] = a.in.positions[token];
-  }
-  const size_t position = (size_t)a.in.positions[token] * a.rope_row;
-  for (int i = thread_id(); i < 2 * a.rope_row; i += kThreads)
-    a.rope_now[(size_t)token * 2 * a.rope_row + i] =
-        i < a.rope_row ? a.rope_cos[position + i] : a.rope_sin[position + i - a.rope_row];
-  float *x = a.x + (size_t)token * a.stride;
-  for (int i = thread_id(); i < a.stride; i += kThreads)
-    x[i] = i >= a.hidden ? 0.0f : a.bf16 ? float_of((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
-}
-
-GPU_KERNEL(kWave) halo_publish(PublishArgs a) {
-  let_next_start();
-  wait_for_previous();
-  for (int i = thread_id(); i < a.count; i += kWave) a.host_ids[i] = a.ids[i];
-  if (thread_id() == 0) {
-    *a.host_status = *a.status;
-    *a.status = 0;
-  }
-}
 
 // Shared memory of product_of_many: a piece of the activations, and the sums.
 inline size_t many_bytes(int steps, int cols, int tiles, int tokens) {
