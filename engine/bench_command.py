@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from engine.bench_report import measurement_name
 from engine.errors import EXIT_COULD_NOT_RUN, EXIT_DEGRADED, EXIT_WELL, HaloError
 
 if TYPE_CHECKING:
@@ -189,13 +190,6 @@ class _Progress:
             print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
 
-def _what(line: dict[str, Any]) -> str:
-    if line["kind"] == "prefill":
-        return f"prefill {line['context']}"
-    batch = f", {line['batch']} sequences" if line["batch"] > 1 else ""
-    return f"decode at {line['context']}{batch}"
-
-
 def _header(result: dict[str, Any]) -> list[str]:
     machine, model, engine = result["machine"], result["model"], result["engine"]
     weights = model["bytes_a_token"]
@@ -227,7 +221,7 @@ def _table_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for line in result["lines"]:
         decode = line["kind"] == "decode"
-        row = [str(line["threads"]), _what(line), f"{line['halo']['median']:.1f}"]
+        row = [str(line["threads"]), measurement_name(line), f"{line['halo']['median']:.1f}"]
         row.append(f"{line['bytes_a_token'] / 1e6:.0f}" if decode else "")
         row.append(f"{line['bandwidth_share']:.0%}" if decode and line["bandwidth_share"] else "")
         for name in names:

@@ -126,7 +126,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     for line in result["lines"]:
         rate, wanted = line["halo"]["median"], line.get("expected")
         tokens = line["context"] if line["kind"] == "prefill" else line["batch"]
-        cells = [_name(line), f"{rate:.1f}", f"{1e3 * tokens / rate:.3f}"]
+        cells = [measurement_name(line), f"{rate:.1f}", f"{1e3 * tokens / rate:.3f}"]
         if wanted:
             cells += [f"{wanted['tokens_per_second']:.1f}", f"{1e3 * wanted['seconds']:.3f}"]
             cells += [f"{1e3 * wanted['launch_seconds']:.3f}", f"{rate / wanted['tokens_per_second']:.0%}"]
@@ -137,7 +137,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _name(line: dict[str, Any]) -> str:
+def measurement_name(line: dict[str, Any]) -> str:
+    """What was measured, in the words of the tables."""
     if line["kind"] == "prefill":
         return f"prefill {line['context']}"
     batch = f", {line['batch']} sequences" if line["batch"] > 1 else ""
@@ -173,4 +174,4 @@ def add_expectations(
     decodes = [line for line in result["lines"] if line["kind"] == "decode" and line["expected"]]
     if decodes:
         rows = kernel_rows(step_of(decodes[0], shape, tokens), chip)
-        result["kernels"] = {"of": _name(decodes[0]), "rows": rows}
+        result["kernels"] = {"of": measurement_name(decodes[0]), "rows": rows}
