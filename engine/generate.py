@@ -25,6 +25,9 @@ from engine.sampling import (
     scaled_noise,
     settled,
 )
+from engine.sequence import Prompt as Prompt
+from engine.sequence import Step as Step
+from engine.sequence import TokenLogprob as TokenLogprob
 from engine.speculate import (
     OFF,
     Drafter,
@@ -91,21 +94,6 @@ class TokenSession(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """One decoded token.
-
-    `text` is what may be shown by now: held back are half characters and what may become a stop string.
-    `finish_reason` is "stop" or "length" on the last step. `is_end` marks the model's own end token, which
-    makes no text and is not counted in usage.
-    """
-
-    token_id: int
-    text: str
-    finish_reason: str | None = None
-    is_end: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import monotonic
 from typing import Final
 
 from engine.device import DeviceLost
 from engine.generate import Engine, Step
 from engine.sampling import SamplingParams
+from engine.sequence import Constraint
 
 DEFAULT_QUEUE_LIMIT: Final = 32
 log = logging.getLogger("halo.server")
@@ -31,6 +33,17 @@ class Work:
     index: int = 0
     seed_index: int = 0
     strip_leading: bool = False
+    constraint: Constraint | None = None
+
+
+@dataclass
+class Timing:
+    """When what happened to a job, by time.monotonic()."""
+
+    submitted: float = field(default_factory=monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
 
 
 class Job:
@@ -38,6 +51,8 @@ class Job:
 
     def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
+        self.cached_tokens = 0  # of the prompts, that were not prefilled again
+        self.timing = Timing()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
         self._cancelled = threading.Event()
@@ -110,7 +125,7 @@ class Runner:
         """Whether jobs still get done."""
         return self._thread.is_alive()
 
-    def submit(self, works: Sequence[Work]) -> Job:
+    def submit(self, works: Sequence[Work], *, client: str = "", deadline: float | None = None) -> Job:
         """Queue a request; raises QueueFull, or DeviceLost. Call on the event loop's thread."""
         job = Job(works)
         with self._change:

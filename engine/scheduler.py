@@ -1,0 +1,46 @@
+"""Many sequences on the slots of one session, a mixed batch a step; it knows nothing of HTTP or asyncio."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Reason = Literal["stop", "length", "cancelled", "error", "deadline"]
+
+
+class Gauges(NamedTuple):
+    """How full the scheduler is now."""
+
+    running: int
+    waiting: int
+    slots: int
+    kv_used_tokens: int
+    kv_total_tokens: int
+
+
+class Observer:
+    """What is told of the work while it is done; this one listens to nothing. Times are in seconds.
+
+    `submitted` and `refused` are called where a request is submitted, all others by the scheduler's thread,
+    which waits meanwhile: an observer counts, and does not write.
+    """
+
+    def submitted(self) -> None:
+        """A request was taken into the queue."""
+
+    def refused(self) -> None:
+        """The queue was full."""
+
+    def admitted(self, waited_s: float, prompt_tokens: int, cached_tokens: int) -> None:
+        """A sequence has a slot; so many of its prompt's tokens are there already."""
+
+    def first_token(self, since_submit_s: float) -> None:
+        """A sequence's first token."""
+
+    def token(self, since_last_s: float, n: int) -> None:
+        """n more tokens of a sequence, all of one step."""
+
+    def finished(self, reason: Reason, prompt_tokens: int, completion_tokens: int, e2e_s: float) -> None:
+        """A sequence ended."""
+
+    def step(self, native_s: float, wall_s: float, decode_entries: int, prefill_entries: int) -> None:
+        """One step of the model; wall_s is the time since the step before, or since there was work."""
