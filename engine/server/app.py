@@ -16,7 +16,7 @@ from engine.errors import HaloError
 from engine.server import openai
 from engine.server.errors import ApiError, handle
 from engine.server.keys import RequireKey
-from engine.server.openai import Service
+from engine.server.service import Service
 
 ROUTES = (
     ("/v1/chat/completions", openai.chat_completions, "POST"),

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message as AsgiMessage
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
-from engine.chat import answer_has_leading_space, render
-from engine.errors import HaloError
-from engine.generate import ContextOverflow, Engine
-from engine.locate import Home
-from engine.server.errors import ApiError, as_api_error, decode_body, error_body
-from engine.server.runner import Job, QueueFull, Runner, Work
+import engine.server.service as service_module
+from engine.chat import answer_has_leading_space
+from engine.server.errors import ApiError, as_api_error, decode_body
+from engine.server.runner import Job, Work
 from engine.server.schema import MAX_CHOICES, ChatRequest, CompletionRequest
+from engine.server.service import (
+    EventStream,
+    Service,
+    check_model,
+    collect,
+    encode_chat,
+    encode_prompt,
+    failure,
+    json_response,
+    read_body,
+    service_of,
+    sse,
+    submit_or_429,
+)
 
-BODY_LIMIT: Final = 2 * 1024 * 1024  # bytes; the longest context of any model is far below
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default for /v1/completions
-RETRY_AFTER_SECONDS: Final = 2
-PING_SECONDS: Final = 10.0  # proxies and clients give up on a silent stream
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the endpoints share."""
-
-    engine: Engine
-    runner: Runner
-    home: Home
-    created: int
-
-    @property
-    def model(self) -> str:
-        return self.engine.card.name
-
-    @property
-    def fingerprint(self) -> str:
-        return f"halo-{self.home.version}-{self.home.generation}"
 
 
 @dataclass(frozen=True)
@@ -109,33 +96,30 @@ class Answer:
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     body = decode_body(await read_body(request), ChatRequest)
-    _check_model(service, body.model)
+    check_model(service, body.model)
     body.refuse_unsupported()
     turns = body.turns()
-    engine = service.engine
-    text = "".join(turn.content for turn in turns)
-    template = engine.card.chat_template
-    ids = await _encode(engine, text, lambda: render(turns, engine.tokenizer, template), "messages")
+    ids = await encode_chat(service, turns)
     params = body.sampling(body.max_completion_tokens or body.max_tokens)
-    strip = answer_has_leading_space(template)
+    strip = answer_has_leading_space(service.engine.card.chat_template)
     works = [Work(ids, params, index=i, seed_index=i, strip_leading=strip) for i in range(body.n or 1)]
     return await _respond(request, body, works, len(ids))
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     body = decode_body(await read_body(request), CompletionRequest)
-    _check_model(service, body.model)
+    check_model(service, body.model)
     body.refuse_unsupported()
     prompts = body.prompts()
     n = body.n or 1
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"More than {MAX_CHOICES} choices.", param="prompt", code="invalid_value")
     params = body.sampling(body.max_tokens or COMPLETION_MAX_TOKENS)
-    encoded = [await _prompt_ids(service.engine, prompt) for prompt in prompts]
+    encoded = [await encode_prompt(service, prompt) for prompt in prompts]
     works = [
         Work(ids, params, index=p * n + i, seed_index=i) for p, ids in enumerate(encoded) for i in range(n)
     ]
@@ -144,15 +128,15 @@ async def completions(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """GET /v1/models."""
-    service: Service = request.app.state.service
-    return _json({"object": "list", "data": [_model_object(service)]})
+    service = service_of(request)
+    return json_response({"object": "list", "data": [_model_object(service)]})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/{id}."""
-    service: Service = request.app.state.service
-    _check_model(service, request.path_params["id"])
-    return _json(_model_object(service))
+    service = service_of(request)
+    check_model(service, request.path_params["id"])
+    return json_response(_model_object(service))
 
 
 async def embeddings(request: Request) -> Response:
@@ -162,25 +146,6 @@ async def embeddings(request: Request) -> Response:
         "This server has no embedding model; /v1/chat/completions and /v1/completions are served.",
         code="not_implemented",
     )
-
-
-async def read_body(request: Request) -> bytes:
-    """The body, at most BODY_LIMIT bytes; what is beyond is read and dropped, so that the refusal arrives."""
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= BODY_LIMIT:
-            parts.append(part)
-        elif size > 8 * BODY_LIMIT:
-            break
-    if size > BODY_LIMIT:
-        raise ApiError(413, f"The body is longer than {BODY_LIMIT} bytes.", code="body_too_large")
-    return b"".join(parts)
-
-
-def _json(value: dict[str, Any]) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 def _model_object(service: Service) -> dict[str, Any]:
@@ -193,50 +158,11 @@ def _model_object(service: Service) -> dict[str, Any]:
     }
 
 
-def _check_model(service: Service, name: str | None) -> None:
-    if name is not None and name != service.model:
-        raise ApiError(
-            404,
-            f"The model {name!r} does not exist here; this server has {service.model!r}.",
-            param="model",
-            code="model_not_found",
-        )
-
-
-async def _encode(engine: Engine, text: str, encode: Callable[[], list[int]], param: str) -> list[int]:
-    """Token ids, made off the event loop; raises ApiError where they leave no room in the context."""
-    fewest = engine.tokenizer.fewest_tokens(text)
-    try:
-        if fewest >= engine.context:
-            raise ContextOverflow(fewest, engine.context, at_least=True)
-        ids = await asyncio.to_thread(encode)
-        engine.check_prompt(ids)
-    except ContextOverflow as error:
-        raise ApiError(400, error.message, param=param, code="context_length_exceeded") from error
-    except HaloError as error:
-        raise ApiError(400, error.message, param=param, code="invalid_value") from error
-    return ids
-
-
-async def _prompt_ids(engine: Engine, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        return await _encode(engine, prompt, lambda: engine.encode_prompt(prompt), "prompt")
-    return await _encode(engine, "", lambda: prompt, "prompt")
-
-
 async def _respond(
     request: Request, body: ChatRequest | CompletionRequest, works: list[Work], prompt_tokens: int
 ) -> Response:
-    service: Service = request.app.state.service
-    try:
-        job = service.runner.submit(works)
-    except QueueFull:
-        raise ApiError(
-            429,
-            f"{service.runner.queue_limit} requests are waiting already; try again shortly.",
-            code="queue_full",
-            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
-        ) from None
+    service = service_of(request)
+    job = submit_or_429(request, works)
     chat = isinstance(body, ChatRequest)
     answer = Answer(
         chat=chat,
@@ -248,97 +174,37 @@ async def _respond(
         id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
         created=int(time.time()),
     )
-    return EventStream(answer) if body.stream else await _whole(answer, request.receive)
+    return EventStream(_events(answer), job) if body.stream else await _whole(answer, request.receive)
 
 
 async def _whole(answer: Answer, receive: Receive) -> Response:
     """Collect all steps; a client that goes away ends the work."""
-    works = answer.job.works
-    texts = {work.index: "" for work in works}
-    ids: dict[int, list[int]] = {work.index: [] for work in works}
-    count = 0
-    reasons: dict[int, str | None] = {}
-    async with _cancelled_on_disconnect(answer.job, receive):
-        async for index, step in answer.job.steps():
-            texts[index] += step.text
-            ids[index].append(step.token_id)
-            count += not step.is_end
-            reasons[index] = step.finish_reason
-    if any(reasons.get(work.index) is None for work in works):
-        raise ClientDisconnect  # cut short, so nobody is there to read it
-    choices = [answer.choice(i, texts[i], reasons[i], ids[i]) for i in sorted(texts)]
+    whole = await collect(answer.job, receive)
+    choices = [answer.choice(each.index, each.text, each.finish_reason, each.token_ids) for each in whole]
     envelope = answer.envelope("chat.completion" if answer.chat else "text_completion", choices)
-    return _json(envelope | {"usage": answer.usage(count)})
+    return json_response(envelope | {"usage": answer.usage(sum(each.tokens for each in whole))})
 
 
-class EventStream(Response):
-    """An answer as server-sent events, ended by `data: [DONE]`."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        job = self._answer.job
-        async with _cancelled_on_disconnect(job, receive):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                async for event in _events(self._answer):
-                    await send(_event(event))
-            except asyncio.CancelledError:  # the server ends, and this stream has had its time to end before
-                await send(_event(error_body(ApiError(503, "The server is shutting down."))))
-            await send(_body(b"", more=False))
-
-
-async def _events(answer: Answer) -> AsyncIterator[dict[str, Any] | bytes]:
-    """Events of a stream: objects, and lines as they are. Tokens without text yet go with the next piece."""
+async def _events(answer: Answer) -> AsyncIterator[bytes]:
+    """Events of a stream. Tokens without text yet go with the next piece."""
     pending: dict[int, list[int]] = {work.index: [] for work in answer.job.works}
     count = 0
     try:
         if answer.chat:
             for index in pending:
-                yield answer.opening(index)
-        async for event in answer.job.steps_or_pings(PING_SECONDS):
+                yield sse(answer.opening(index))
+        async for event in answer.job.steps_or_pings(service_module.PING_SECONDS):
             if event is None:
-                yield b": ping"
+                yield b": ping\n\n"
                 continue
             index, step = event
             pending[index].append(step.token_id)
             count += not step.is_end
             if step.text or step.finish_reason:
-                yield answer.chunk(index, step.text, step.finish_reason, pending[index])
+                yield sse(answer.chunk(index, step.text, step.finish_reason, pending[index]))
                 pending[index] = []
         if answer.include_usage:
-            yield answer.chunk_of([]) | {"usage": answer.usage(count)}
+            yield sse(answer.chunk_of([]) | {"usage": answer.usage(count)})
     except Exception as error:  # the status is sent: the only way left to tell is an event
-        yield error_body(as_api_error(error))
-    yield b"data: [DONE]"
-
-
-def _event(event: dict[str, Any] | bytes) -> AsgiMessage:
-    line = b"data: " + msgspec.json.encode(event) if isinstance(event, dict) else event
-    return _body(line + b"\n\n", more=True)
-
-
-def _body(data: bytes, *, more: bool) -> AsgiMessage:
-    return {"type": "http.response.body", "body": data, "more_body": more}
-
-
-@contextlib.asynccontextmanager
-async def _cancelled_on_disconnect(job: Job, receive: Receive) -> AsyncIterator[None]:
-    """While inside, a client that goes away cancels the job; leaving cancels what is left of it."""
-    watcher = asyncio.create_task(_watch(job, receive))
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        job.cancel()
-
-
-async def _watch(job: Job, receive: Callable[[], Awaitable[AsgiMessage]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    job.cancel()
+        yield failure(as_api_error(error))
+    yield b"data: [DONE]\n\n"

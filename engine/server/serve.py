@@ -23,8 +23,8 @@ from engine.generate import Engine
 from engine.locate import locate
 from engine.server.app import build_app
 from engine.server.keys import read_keys
-from engine.server.openai import Service
 from engine.server.runner import DEFAULT_QUEUE_LIMIT, Runner
+from engine.server.service import Service
 from engine.server.sockets import activated_sockets, bind, describe, notify, refuse_open_address
 from engine.speculate import Speculation
 

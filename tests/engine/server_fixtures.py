@@ -24,9 +24,9 @@ from engine.backend import Drawn
 from engine.generate import Engine
 from engine.locate import Home, ModelCard
 from engine.server.app import build_app
-from engine.server.openai import Service
 from engine.server.runner import Runner
 from engine.server.serve import HaloServer, announcement, listening_sockets, serve_service
+from engine.server.service import Service
 from engine.server.sockets import bind
 from engine.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.sampling import SamplingParams
-from engine.server.openai import BODY_LIMIT
+from engine.server.service import BODY_LIMIT
 from tests.engine.server_fixtures import (
     EOS,
     EOT,
@@ -393,7 +393,7 @@ def test_beyond_the_queue_is_429_with_retry_after_and_health_still_answers():
 
 
 def test_a_stream_that_waits_long_is_kept_alive(monkeypatch):
-    monkeypatch.setattr("engine.server.openai.PING_SECONDS", 0.02)
+    monkeypatch.setattr("engine.server.service.PING_SECONDS", 0.02)
     with scripted([*byte_tokens(b"ok"), EOS]) as (server, session):
         session.gate.clear()
         lines = []
