@@ -252,6 +252,10 @@ class Session(_Closing):
         check(self._library, status)
         return logits
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold the first `length` tokens of slot `source`, as if it had run them."""
+        check(self._library, self._library.halo_session_copy(self._open(), source, target, length))
+
     def prefill(self, slot: int, tokens: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Run `tokens` of one slot at positions start, start+1, ...; the logits of the last, [vocab]."""
         if not tokens:

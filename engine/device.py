@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 BACKENDS: Final = ("cpu", "hip", "cuda", "sim")
 GPU_OF_AUTO: Final = "hip"  # the backend that is the product's; the others are asked for by name
 ON_THE_CPU: Final = "on the CPU meanwhile: HALO_BACKEND=cpu"
@@ -70,6 +70,7 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "halo_session_draw": [
         _OPAQUE, _I32, *[_OPAQUE] * 5, ctypes.c_float, ctypes.c_size_t, ctypes.c_size_t, *[_OPAQUE] * 4,
     ],
+    "halo_session_copy": [_OPAQUE, _I32, _I32, _I32],
     "halo_session_logits": [_OPAQUE, _I32, _OPAQUE, ctypes.c_size_t],
     "halo_ternary_sums": [ctypes.c_char_p, _OPAQUE, _I32, _I32, _OPAQUE, _I32, _OPAQUE],
 }  # fmt: skip

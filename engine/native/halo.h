@@ -16,7 +16,7 @@ extern "C" {
 
 #define HALO_API __attribute__((visibility("default")))
 
-#define HALO_ABI_VERSION 3u
+#define HALO_ABI_VERSION 4u
 
 typedef enum halo_status {
   HALO_OK = 0,
@@ -98,6 +98,10 @@ HALO_API halo_status halo_session_draw(halo_session *session, int32_t n, const i
  * ended well, had at most HALO_AGAIN entries, and rewound no slot on its way. */
 #define HALO_AGAIN 96
 HALO_API halo_status halo_session_logits(halo_session *session, int32_t k, float *logits, size_t logits_count);
+
+/* Let slot `to` hold the first `length` tokens of slot `from`, another slot, which holds at least so many: what `to` held is
+ * gone, `from` stays as it is. Results that follow are those that the same tokens would give, had `to` run them. */
+HALO_API halo_status halo_session_copy(halo_session *session, int32_t from, int32_t to, int32_t length);
 
 /* One ternary product on its own, so that the exactness of a path can be checked from outside.
  * codes: the tiles of engine/formats/tiles.py; x: int8 [tokens][cols]; sums: int32 [tokens][rows] = sum over j of

@@ -33,7 +33,7 @@ SOURCE = """
 #include <stdint.h>
 #include <string.h>
 #ifndef ABI
-#define ABI 3
+#define ABI 4
 #endif
 #ifndef STATUS
 #define STATUS 0
@@ -59,13 +59,14 @@ int halo_session_facts(void *, char *, size_t, size_t *) { return 8; }
 int halo_session_run() { return 8; }
 int halo_session_draw() { return 8; }
 int halo_session_logits() { return 8; }
+int halo_session_copy() { return 8; }
 void halo_session_close(void *) {}
 #ifndef LACKING
 int halo_ternary_sums() { return 8; }
 #endif
 }
 """
-GPU_FACTS = {"backend": "hip", "abi": 3, "isa": "graph", "device": "a GPU", "arch": "gfx1151"}
+GPU_FACTS = {"backend": "hip", "abi": 4, "isa": "graph", "device": "a GPU", "arch": "gfx1151"}
 NO_DEVICE = "there is no GPU here that the driver knows"
 WRONG_CODE = "this library has code for gfx1100, and this GPU is gfx1151"
 Make = Callable[..., Path]
@@ -98,7 +99,7 @@ def place(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HALO_BACKEND", "HALO_GENERATION_DIR", "HALO_CPU_PATH", "HALO_GPU_PATH", "HALO_THREADS"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "lib"
-    make(folder, "cpu", {"backend": "cpu", "abi": 3, "isa": "scalar", "cpus": 2})
+    make(folder, "cpu", {"backend": "cpu", "abi": 4, "isa": "scalar", "cpus": 2})
     monkeypatch.setenv("HALO_LIB_DIR", str(folder))
     return folder
 

@@ -135,3 +135,27 @@ def test_what_cannot_be_is_refused_as_the_cpu_refuses_it(
                     session.run_argmax(*entry, [True])
                 said.append(str(caught.value).partition("refused: ")[2])
     assert said[:4] == said[4:] and all(said)
+
+
+@pytest.mark.parametrize("kv", ["int8", "f16", "rotor3"])
+def test_a_copied_slot_goes_on_as_the_tokens_themselves_would(
+    kv: str, tiny_model: Make, sim_library: Path, native_library: Path, tmp_path: Path
+) -> None:
+    prepare(tiny_model("wide", seed=6), tmp_path / "model.halo")
+    results = []
+    for library in (sim_library, native_library):
+        with _session(library, tmp_path / "model.halo", 2, 64, kv=kv) as session:
+            text, other = ([(7 * i + k) % 300 for i in range(50)] for k in (3, 4))
+            session.prefill(0, text)
+            for length in (1, 16, 31, 33, 50):
+                session.prefill(1, other)
+                session.copy(0, 1, length)
+                results.append(session.run([1, 2], [1, 1], [length, length + 1], [True, True]))
+                session.prefill(1, text[:length])
+                results.append(session.run([1, 2], [1, 1], [length, length + 1], [True, True]))
+            for bad in ((0, 0, 1), (0, 2, 1), (0, 1, 51), (0, 1, -1)):
+                with pytest.raises(HaloError, match="refused"):
+                    session.copy(*bad)
+    cpu = results[len(results) // 2 :]
+    assert all(_same(a, b) for a, b in zip(results[::2], results[1::2], strict=True))
+    assert all(_same(a, b) for a, b in zip(results, cpu, strict=False))

@@ -227,6 +227,13 @@ halo_status halo_session_logits(halo_session *session, int32_t k, float *logits,
   });
 }
 
+halo_status halo_session_copy(halo_session *session, int32_t from, int32_t to, int32_t length) {
+  return guarded([&] {
+    need(session != nullptr, "session is NULL");
+    session->session.copy(from, to, length);
+  });
+}
+
 halo_status halo_ternary_sums(const char *path, const uint8_t *codes, int32_t rows, int32_t cols, const int8_t *x,
                               int32_t tokens, int32_t *sums) {
   return guarded([&] {

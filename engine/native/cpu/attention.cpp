@@ -77,6 +77,12 @@ bool Attention::run(int layer, const float *qkv, int qkv_row, const int32_t *slo
   return in_range_;
 }
 
+void Attention::copy(int from, int to, int length) {
+  pool_.each(shape_.layers * shape_.kv_heads, [&](int item, int) {
+    cache_.copy(item / shape_.kv_heads, item % shape_.kv_heads, from, to, length);
+  });
+}
+
 // Sort the tokens by slot, keeping their order, and cut them at each 16 positions.
 void Attention::plan(const int32_t *slots, const int32_t *positions, int count) {
   count_ = count;

@@ -29,6 +29,9 @@ class Attention {
   bool run(int layer, const float *qkv, int qkv_row, const int32_t *slots, const int32_t *positions, int count,
            float *out, int out_row);
 
+  // Copy the keys and values of a slot's first `length` positions to another slot.
+  void copy(int from, int to, int length);
+
   const char *form() const { return kv_name(cache_.form()); }
   size_t bytes() const { return cache_.bytes(); }
 

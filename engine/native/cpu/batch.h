@@ -56,6 +56,16 @@ inline void check_batch(const Batch &batch, const halo_config &config, int slot_
                   batch.draw ? batch.draw_count : batch.ids_count);
 }
 
+// Throws Failure unless `to` can take the first `length` tokens of `from`.
+inline void check_copy(int from, int to, int length, const std::vector<int32_t> &lengths) {
+  const int count = (int)lengths.size();
+  if (from < 0 || from >= count || to < 0 || to >= count)
+    throw Failure(HALO_INVALID, "slot %d is outside the session's %d slots", from < 0 || from >= count ? from : to, count);
+  if (from == to) throw Failure(HALO_INVALID, "slot %d cannot be copied to itself", from);
+  if (length < 0 || length > lengths[from])
+    throw Failure(HALO_INVALID, "length = %d; slot %d holds %d tokens", length, from, lengths[from]);
+}
+
 // Where the chunk ends that begins at `start`: after `most` entries, or where a slot is rewound, since its keys up to there
 // are still needed by the tokens before.
 inline int chunk_end(const Batch &batch, int start, int most) {

@@ -150,6 +150,16 @@ void KvCache::block(int layer, int slot, int head_index, int block, int position
   rows->values = values;
 }
 
+void KvCache::copy(int layer, int head_index, int from, int to, int length) {
+  const size_t source = head(layer, from, head_index), target = head(layer, to, head_index);
+  const size_t half = room_ / 16 * sixteen(), bytes = (size_t)(length + 15) / 16 * sixteen();  // 16 positions share bytes
+  for (size_t part = 0; part < 2; ++part) {
+    memcpy(&data_[(2 * target + part) * half], &data_[(2 * source + part) * half], bytes);
+    if (integers())
+      memcpy(&scales_[(2 * target + part) * room_], &scales_[(2 * source + part) * room_], (size_t)length * sizeof(float));
+  }
+}
+
 void KvCache::rotate(float *x) const {
   for (int i = 0; i < width_; ++i) x[i] *= signs_[i];
   kernels_.hadamard(x, width_);

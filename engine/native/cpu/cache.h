@@ -32,6 +32,9 @@ class KvCache {
   // head_dim. Both are scratch afterwards. Tokens of one sequence and 16 positions may share bytes: one thread's work.
   void append(int layer, int slot, int head, int position, float *k, float *v);
 
+  // Copy one KV head of a slot's first `length` positions to another slot.
+  void copy(int layer, int head, int from, int to, int length);
+
   // Point `rows` to positions 256 * block and on of a KV head. The packed form is unpacked for `positions` of them to
   // `scratch`, of scratch_bytes().
   void block(int layer, int slot, int head, int block, int positions, uint8_t *scratch, BlockRows *rows) const;

@@ -104,6 +104,14 @@ void Session::logits_again(int k, float *logits, size_t count) {
     throw Failure(HALO_NUMERIC, "a logit is not finite: the model's weights are damaged");
 }
 
+void Session::copy(int from, int to, int length) {
+  std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
+  if (!lock.owns_lock()) throw Failure(HALO_BUSY, "the session is running in another thread");
+  check_copy(from, to, length, lengths_);
+  attention_.copy(from, to, length);
+  lengths_[to] = length;
+}
+
 void Session::forward(const Batch &batch, int start, int end) {
   int count = end - start;
   embed(batch.tokens + start, count);

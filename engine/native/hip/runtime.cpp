@@ -144,6 +144,11 @@ void Stream::copy_out(void *host, const void *device, size_t bytes) {
 void Stream::clear(void *device, size_t bytes) {
   sim_enqueue(*this, [=] { memset(device, 0, bytes); });
 }
+void Stream::copy_rows(void *to, const void *from, size_t pitch, size_t bytes, size_t rows) {
+  sim_enqueue(*this, [=] {
+    for (size_t i = 0; i < rows; ++i) memcpy((uint8_t *)to + i * pitch, (const uint8_t *)from + i * pitch, bytes);
+  });
+}
 void Stream::sync() {}
 
 Graph Stream::capture(const std::function<void()> &work) {
@@ -316,6 +321,11 @@ void Stream::copy_out(void *host, const void *device, size_t bytes) {
 
 void Stream::clear(void *device, size_t bytes) {
   need(GPU(MemsetAsync)(device, 0, bytes, stream_of(*this)), "memory cannot be cleared");
+}
+
+void Stream::copy_rows(void *to, const void *from, size_t pitch, size_t bytes, size_t rows) {
+  need(GPU(Memcpy2DAsync)(to, pitch, from, pitch, bytes, rows, GPU(MemcpyDeviceToDevice), stream_of(*this)),
+       "a copy on the GPU failed");
 }
 
 void Stream::sync() { need(GPU(StreamSynchronize)(stream_of(*this)), "a kernel did not end well"); }

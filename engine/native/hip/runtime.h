@@ -75,6 +75,8 @@ class Stream {
   void copy_in(void *device, const void *host, size_t bytes);   // the host's memory must stay until sync()
   void copy_out(void *host, const void *device, size_t bytes);
   void clear(void *device, size_t bytes);
+  // Within the device: `bytes` of each of `rows` rows, `pitch` bytes apart in both.
+  void copy_rows(void *to, const void *from, size_t pitch, size_t bytes, size_t rows);
   void sync();  // throws Failure if anything before failed; after HALO_LOST nothing more can be done with the device
   Graph capture(const std::function<void()> &work);  // what `work` puts on this stream, not run
   void run(const Graph &graph);

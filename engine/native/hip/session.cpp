@@ -255,6 +255,29 @@ void GpuSession::logits_again(int k, float *logits, size_t count) {
   if (outputs_.host<uint32_t>()[0]) throw Failure(HALO_NUMERIC, "a logit is not finite: the model's weights are damaged");
 }
 
+// Whole blocks of 32 positions: every form keeps these together, rotor3 in two places (its bits of two, and of one).
+void GpuSession::copy(int from, int to, int length) {
+  std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
+  if (!lock.owns_lock()) throw Failure(HALO_BUSY, "the session is running in another thread");
+  check_copy(from, to, length, lengths_);
+  const KvShape shape = kv_shape(model_->config(), form_, context_);
+  const size_t rows = heads_of(shape, 1) * 2, half = shape.half_bytes(), whole = (size_t)shape.room * shape.width;
+  const size_t positions = round_up(length, 32), words = form_ == KvStore::rotor3 ? whole / 4 : half;
+  const uint8_t *source = cache_.as<uint8_t>() + from * rows * half;
+  uint8_t *target = cache_.as<uint8_t>() + to * rows * half;
+  lengths_[to] = 0;  // should a copy fail
+  if (length) {
+    stream_.copy_rows(target, source, half, words / shape.room * positions, rows);
+    if (form_ == KvStore::rotor3)
+      stream_.copy_rows(target + words, source + words, half, whole / 8 / shape.room * positions, rows);
+    if (form_ != KvStore::f16)
+      stream_.copy_rows(cache_scales_.as<float>() + to * rows * shape.room, cache_scales_.as<float>() + from * rows * shape.room,
+                        (size_t)shape.room * 4, (size_t)length * 4, rows);
+    stream_.sync();
+  }
+  lengths_[to] = length;
+}
+
 void GpuSession::put_layers(int count) {
   const halo_config &c = model_->config();
   const int32_t *in = inputs_.device<int32_t>();

@@ -25,6 +25,7 @@ class GpuSession {
 
   void run(const Batch &batch);  // throws Failure
   void logits_again(int k, float *logits, size_t count);  // throws Failure
+  void copy(int from, int to, int length);                // throws Failure
   std::string facts();
 
  private:
