@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.errors import HaloError
-from engine.server import openai
+from engine.server import openai, others
 from engine.server.errors import ApiError, handle
 from engine.server.keys import RequireKey
 from engine.server.service import Service
@@ -24,6 +24,7 @@ ROUTES = (
     ("/v1/models", openai.models, "GET"),
     ("/v1/models/{id:path}", openai.model, "GET"),
     ("/v1/embeddings", openai.embeddings, "POST"),
+    *others.ROUTES,
 )
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from engine.errors import HaloError
 from engine.generate import ContextOverflow
 
 log = logging.getLogger("halo.server")
 T = TypeVar("T")
+ANTHROPIC: Final = "/v1/messages"  # below it errors have Anthropic's form; elsewhere OpenAI's
 
 _KINDS = {
     400: "invalid_request_error",
@@ -55,10 +57,17 @@ def error_body(error: ApiError) -> dict[str, Any]:
     }
 
 
-def error_response(error: ApiError) -> Response:
-    """The error as a JSON response."""
+def error_response(error: ApiError, scope: Scope | None = None) -> Response:
+    """The error as a JSON response, in the form of the API whose path `scope` has."""
+    path, state = (scope["path"], scope.get("state", {})) if scope else ("", {})
+    if path.startswith(ANTHROPIC):
+        from engine.server.anthropic_errors import anthropic_error
+
+        body = anthropic_error(error, state.get("request_id"))
+    else:
+        body = error_body(error)
     return Response(
-        msgspec.json.encode(error_body(error)),
+        msgspec.json.encode(body),
         status_code=error.status,
         media_type="application/json",
         headers=error.headers,
@@ -80,7 +89,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 async def handle(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for everything."""
-    return error_response(as_api_error(error))
+    return error_response(as_api_error(error), request.scope)
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:

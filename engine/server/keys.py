@@ -67,7 +67,7 @@ class RequireKey:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
     def _admits(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")

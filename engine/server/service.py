@@ -19,7 +19,9 @@ from engine.chat import Message, render
 from engine.errors import HaloError
 from engine.generate import ContextOverflow, Engine, Step
 from engine.locate import Home
+from engine.router import NpuProbe
 from engine.server.errors import ApiError, as_api_error, error_body
+from engine.server.request_stats import StatsObserver
 from engine.server.runner import Job, QueueFull, Runner, Work
 
 BODY_LIMIT: Final = 2 * 1024 * 1024  # bytes; the longest context of any model is far below
@@ -35,6 +37,8 @@ class Service:
     runner: Runner
     home: Home
     created: int
+    stats: StatsObserver = field(default_factory=StatsObserver)  # the scheduler's observer, or around it
+    npu: NpuProbe | None = None  # what the checks know of the NPU, asked in a thread
 
     @property
     def model(self) -> str:
