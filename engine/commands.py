@@ -17,6 +17,7 @@ from engine.errors import EXIT_COULD_NOT_RUN, EXIT_WELL, HaloError
 
 if TYPE_CHECKING:
     from engine.generate import Engine, Step
+    from engine.router import NpuProbe
     from engine.sampling import SamplingParams
     from engine.speculate import Speculation, Tally
 
@@ -88,8 +89,8 @@ def run_chat(args: Namespace) -> int:
         return code
 
 
-def run_serve(args: Namespace) -> int:
-    """Serve until told to end."""
+def run_serve(args: Namespace, npu: NpuProbe | None = None) -> int:
+    """Serve until told to end; `npu` is what the checks know of the NPU, which this room may not ask."""
     from engine.server.serve import ServeOptions, serve
     from engine.server.sockets import parse_listen
 
@@ -104,6 +105,7 @@ def run_serve(args: Namespace) -> int:
             api_keys=args.api_keys,
             threads=args.threads,
             speculation=_speculation(args),
+            npu=npu,
         )
     )
 

@@ -57,7 +57,7 @@ COMMANDS: Final = (
     ),
     Command("generate", "continue a prompt", "engine.commands", "configure_generate", "run_generate"),
     Command("chat", "talk to the model", "engine.commands", "configure_chat", "run_chat"),
-    Command("serve", "serve the OpenAI API", "engine.commands", "configure_serve", "run_serve"),
+    Command("serve", "serve the APIs", "provision.serve", "configure_serve", "run_serve"),
     Command("ppl", "measure the perplexity of a text", "engine.ppl_command", "configure_ppl", "run_ppl"),
     Command(
         "bench", "measure the speed, and compare", "engine.bench_command", "configure_bench", "run_bench"

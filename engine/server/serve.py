@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from engine.errors import EXIT_ERROR
 from engine.generate import Engine
 from engine.locate import locate
+from engine.router import NpuProbe
 from engine.server.app import build_app
 from engine.server.keys import read_keys
 from engine.server.runner import DEFAULT_QUEUE_LIMIT, Runner
@@ -42,6 +43,7 @@ class ServeOptions:
     threads: int | None = None
     speculation: Speculation | None = None
     queue_limit: int = DEFAULT_QUEUE_LIMIT
+    npu: NpuProbe | None = None
 
 
 def serve(options: ServeOptions) -> int:
@@ -53,7 +55,7 @@ def serve(options: ServeOptions) -> int:
     try:
         with Engine.open(home.model_dir, threads=options.threads, speculation=options.speculation) as engine:
             runner = Runner(engine, options.queue_limit)
-            service = Service(engine=engine, runner=runner, home=home, created=int(time.time()))
+            service = Service(engine, runner, home, created=int(time.time()), npu=options.npu)
             return serve_service(service, sockets, digests)
     finally:
         for sock in sockets:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.router import NpuReport, readiness
+from engine.router import NpuReport, npu_kernel, readiness
 from engine.server.service import Service
 
 AMD_GPU = "0x1002"
@@ -45,7 +45,7 @@ def system_info(service: Service, npu: NpuReport, root: Path = Path("/")) -> dic
 
 def _recipe(service: Service, npu: NpuReport) -> dict[str, Any]:
     """The three targets of the router's table as Lemonade's backends; action is what a person would run."""
-    ready = readiness(service.engine.facts, npu, None)
+    ready = readiness(service.engine.facts, npu, npu_kernel())
     devices = {"npu": ["amd_npu"], "gpu": ["amd_gpu"], "cpu": ["cpu"]}
     backends = {
         target: {
