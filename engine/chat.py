@@ -4,47 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from engine import tools as calling
 from engine.chat_template import ChatTemplate, Part
 from engine.errors import HaloError
 from engine.tokenizer import WHITESPACE, TextTokenizer
+from engine.tools import CallForm, Tool, ToolCall
 
 END_OF_TURN: Final = "<|eot_id|>"
-ROLES: Final = ("system", "user", "assistant")
+ROLES: Final = ("system", "user", "assistant", "tool")
 JINJA: Final = "jinja"  # the checkpoint's own template, which load_tokenizer gives the tokenizer
 _compiled: WeakKeyDictionary[TextTokenizer, ChatTemplate] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    An assistant's may have calls of functions; a tool's is what one gave, for the call of `tool_call_id`.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
-def render(messages: Sequence[Message], tokenizer: TextTokenizer, template: str = "bitnet") -> list[int]:
+def render(
+    messages: Sequence[Message],
+    tokenizer: TextTokenizer,
+    template: str = "bitnet",
+    tools: Sequence[Tool] = (),
+) -> list[int]:
     """Token ids of a conversation, ending where the assistant's answer begins.
 
     bos, then for each message `Role: content<|eot_id|>` with the content stripped, then `Assistant:`
     (source: the chat template of microsoft/bitnet-b1.58-2B-4T). Template "bitnet" has the trailing space of
     the original; "halo-demo" leaves it to the answer's first token, as that model was trained; "jinja" is the
     template that the checkpoint carries. Content is encoded as plain text, so a `<|eot_id|>` that a user
-    types ends no turn, in any of them.
+    types ends no turn, in any of them. A template that takes no tools is given them as text (`flatten`).
     """
     for message in messages:
         if message.role not in ROLES:
             raise HaloError(f"Unknown role {message.role!r}.", hint=f"known are {', '.join(ROLES)}.")
     if template == JINJA:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        return encode_parts(chat_template(tokenizer).render(turns), tokenizer)
+        compiled = chat_template(tokenizer)
+        if not compiled.takes_tools:
+            messages, tools = flatten(messages, tools), ()
+        turns = [_turn(message) for message in messages]
+        return encode_parts(compiled.render(turns, tools=[tool.function() for tool in tools]), tokenizer)
+    messages = flatten(messages, tools)
     ids = [tokenizer.bos]
     for message in messages:
         ids += tokenizer.encode(f"{message.role.capitalize()}: {message.content.strip()}")
         ids.append(end_of_turn(tokenizer))
     return ids + tokenizer.encode("Assistant:" if answer_has_leading_space(template) else "Assistant: ")
+
+
+def flatten(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """The conversation for a template that knows no tools: what they are, calls and results are text.
+
+    The tools are told at the end of the system message; results that follow each other are one user turn.
+    """
+    turns: list[Message] = []
+    after_result = False
+    for message in messages:
+        is_result = message.role == "tool"
+        if message.tool_calls:
+            spelled = calling.TAGGED.spell(message.tool_calls)
+            message = Message("assistant", f"{message.content}\n{spelled}".strip())
+        elif is_result:
+            message = Message("user", calling.result(message.content))
+            if after_result:
+                message = Message("user", f"{turns.pop().content}\n{message.content}")
+        turns.append(message)
+        after_result = is_result
+    if tools:
+        told = calling.describe(tools)
+        first = turns.pop(0).content + "\n\n" if turns and turns[0].role == "system" else ""
+        turns.insert(0, Message("system", first + told))
+    return turns
+
+
+def call_form(tokenizer: TextTokenizer, template: str) -> CallForm:
+    """How this model is made to spell calls of functions."""
+    if template != JINJA or not chat_template(tokenizer).takes_tools:
+        return calling.TAGGED
+    return calling.form_of(tokenizer.chat_template)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as Jinja templates take it (transformers' form)."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.values()}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
 
 
 def chat_template(tokenizer: TextTokenizer) -> ChatTemplate:

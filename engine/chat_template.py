@@ -51,23 +51,32 @@ class ChatTemplate:
             raise _bad(f"the vocabulary has more than {MAX_SPECIAL} special tokens")
         self._templates: dict[int | None, Template] = {}
         self._template(None)
+        self.takes_tools = "tools" in source and _reads_tools(source)
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> list[Part]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        answer: bool = True,
+    ) -> list[Part]:
         """A conversation, with `answer` up to where the assistant's begins; text and special ids.
 
-        Raises HaloError where the template refuses it, or breaks a limit.
+        Messages and tools are JSON as transformers takes it. Raises HaloError where the template refuses it,
+        or breaks a limit.
         """
-        base = _free_base(text for message in messages for text in message.values())
+        base = _free_base(_texts([messages, tools]))
+        self._refuse_spelled([messages, tools])
         run = partial(self._run, answer=answer, now=datetime.now())
-        text = run(None, messages)
-        marked, literal = run(base, messages), True
+        text = run(None, messages, tools)
+        marked, literal = run(base, messages, tools), True
         if self._plain(marked, base) != text:  # it measures or cuts the text of a special token
             marked, literal = text, False
         spelled = {found[0] for found in self._any.finditer(marked)}
         if not spelled or (literal and not self._puts_together(base)):
             return list(self._parts(marked, base, frozenset()))
         shadow = _Shadow(base + _BLOCK // 2, "".join(spelled))
-        again = run(base if literal else None, shadow.over(messages))
+        again = run(base if literal else None, shadow.over(messages), shadow.over(tools))
         if shadow.off(again) != marked:
             raise HaloError(
                 "The chat template decides by the letters of a message that spells a control token.",
@@ -85,15 +94,31 @@ class ChatTemplate:
             return text
         return self._any.sub(lambda found: chr(base + self._number[found[0]]), text)
 
+    def _refuse_spelled(self, value: object) -> None:
+        """Raise HaloError where what a template may go by spells a special token: nothing can replace it."""
+        for text in _names_in(value):
+            if found := self._any.search(text):
+                raise HaloError(
+                    f"A role, a type or a key of a tool spells the control token {found[0]!r}.",
+                    hint="name it otherwise",
+                )
+
     def _run(
-        self, base: int | None, messages: Sequence[Mapping[str, str]], *, answer: bool, now: datetime
+        self,
+        base: int | None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        answer: bool,
+        now: datetime,
     ) -> str:
         from engine.template_sandbox import render
 
         variables: dict[str, Any] = {name: self._mark(text, base) for name, text in self._names.items()}
         variables |= {"messages": [dict(each) for each in messages], "add_generation_prompt": answer}
         try:
-            return render(self._template(base), {"tools": None, "documents": None} | variables, now)
+            variables |= {"tools": list(tools) or None, "documents": None}
+            return render(self._template(base), variables, now)
         except Exception as error:
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise HaloError(
@@ -104,11 +129,14 @@ class ChatTemplate:
     def _puts_together(self, base: int) -> bool:
         """Whether it spells special tokens bit by bit, tried on conversations that cannot spell any."""
         last = chr(base + _BLOCK - 1)
-        roles = (["user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user"])
+        roles = (["user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user"], ["tool"])
         for each in roles:
             try:
                 messages = [{"role": role, "content": last} for role in each]
-                text = self._run(base, messages, answer=True, now=datetime.now())
+                tools: list[Mapping[str, Any]] = []
+                if each == ["tool"]:
+                    messages, tools = _with_tools(last)
+                text = self._run(base, messages, tools, answer=True, now=datetime.now())
             except HaloError:  # it does not take this order of roles
                 continue
             if self._any.search(text):
@@ -147,16 +175,65 @@ class _Shadow:
         self._on = {ord(letter): base + i for i, letter in enumerate(distinct)}
         self._off = {there: here for here, there in self._on.items()}
 
-    def over(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-        """The messages with everything but the role replaced so."""
-        return [
-            {name: text if name == "role" else text.translate(self._on) for name, text in each.items()}
-            for each in messages
-        ]
+    def over(self, value: Any) -> Any:  # noqa: ANN401  (JSON)
+        """Messages or tools with every text but keys, roles and types replaced so."""
+        if isinstance(value, str):
+            return value.translate(self._on)
+        if isinstance(value, Mapping):
+            return {name: each if _goes_by(name, each) else self.over(each) for name, each in value.items()}
+        return [self.over(each) for each in value] if isinstance(value, list | tuple) else value
 
     def off(self, text: str) -> str:
         """The text as it was."""
         return text.translate(self._off)
+
+
+def _goes_by(name: object, value: object) -> bool:
+    """Whether a template may branch on this text, so that it must stay as it is."""
+    return name in ("role", "type") and isinstance(value, str)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield name
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _names_in(value: object) -> Iterator[str]:
+    """The texts in JSON that `_Shadow` leaves."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield name
+            yield from [each] if _goes_by(name, each) else _names_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _names_in(each)
+
+
+def _with_tools(text: str) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """A conversation with a function, its call and what it gave."""
+    call = {"id": text, "type": "function", "function": {"name": text, "arguments": {text: text}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": text, "tool_call_id": text},
+    ]
+    schema = {"type": "object", "properties": {text: {"type": "string"}}}
+    function = {"name": text, "description": text, "parameters": schema}
+    return messages, [{"type": "function", "function": function}]
+
+
+def _reads_tools(source: str) -> bool:
+    from engine.template_sandbox import reads
+
+    return "tools" in reads(source)
 
 
 def _free_base(texts: Iterable[str]) -> int:

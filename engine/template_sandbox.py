@@ -24,6 +24,7 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -83,6 +84,11 @@ def compile_template(source: str, mark: Callable[[str], str]) -> Template:
     environment = _Sandbox()
     tree = environment.parse(source)
     return environment.from_string(cast(nodes.Template, _Rewrite(mark).visit(tree)))
+
+
+def reads(source: str) -> set[str]:
+    """The variables that a template takes from outside."""
+    return find_undeclared_variables(_Sandbox().parse(source))
 
 
 class _Rewrite(NodeTransformer):
