@@ -1,4 +1,4 @@
-"""`halo serve`, with what the checks know of the NPU: the engine may not import them. It serves nothing itself."""
+"""`halo serve` with what the checks know of the NPU, which the engine may not ask; the server is engine's."""
 
 from __future__ import annotations
 

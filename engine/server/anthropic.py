@@ -11,7 +11,7 @@ from engine.chat import answer_has_leading_space
 from engine.server.anthropic_errors import anthropic_error
 from engine.server.anthropic_schema import CountRequest, MessagesRequest
 from engine.server.anthropic_stream import Answer, message_of, stream_of
-from engine.server.anthropic_turns import count, prompt_ids, turns_of
+from engine.server.anthropic_turns import conversation_of, count, prompt_ids
 from engine.server.errors import ApiError, decode_body
 from engine.server.runner import Work
 from engine.server.service import (
@@ -25,6 +25,7 @@ from engine.server.service import (
     sse,
     submit_or_429,
 )
+from engine.tool_parser import ToolParser
 
 ALIAS = "claude-"  # Claude Code asks for several models by Anthropic's own names; here is one
 
@@ -35,12 +36,13 @@ async def messages(request: Request) -> Response:
     body = decode_body(await read_body(request), MessagesRequest)
     _check(service, body)
     template = service.engine.card.chat_template
-    turns = turns_of(body, template)
-    ids = await prompt_ids(service, turns)
-    goes_on = turns[-1].role == "assistant"
-    strip = answer_has_leading_space(template) and not goes_on
+    asked = conversation_of(body, template)
+    ids = await prompt_ids(service, asked)
+    strip = answer_has_leading_space(template) and not asked.begun
     job = submit_or_429(request, [Work(ids, body.sampling(), strip_leading=strip)])
-    answer = Answer(job, service.model, len(ids), body.max_tokens)
+    names = frozenset(tool.name for tool in asked.choice.allowed(asked.tools))
+    parser = ToolParser(names, parallel=asked.choice.parallel) if names else None
+    answer = Answer(job, service.model, len(ids), body.max_tokens, parser)
     if body.stream:
         return EventStream(stream_of(answer), job, _failed(request))
     async with cancelled_on_disconnect(job, request.receive):
@@ -55,8 +57,8 @@ async def count_tokens(request: Request) -> Response:
     service = service_of(request)
     body = decode_body(await read_body(request), CountRequest)
     _check(service, body)
-    turns = turns_of(body, service.engine.card.chat_template)
-    return json_response({"input_tokens": await count(service, turns)})
+    asked = conversation_of(body, service.engine.card.chat_template)
+    return json_response({"input_tokens": await count(service, asked)})
 
 
 def _check(service: Service, body: CountRequest) -> None:

@@ -93,6 +93,7 @@ class Tool(msgspec.Struct):
     input_schema: Schema | None = None
     description: str | None = None
     type: str | None = None
+    strict: bool | None = None
 
 
 class Choice(msgspec.Struct, tag_field="type", kw_only=True):

@@ -11,6 +11,7 @@ import msgspec
 from engine.sequence import Step
 from engine.server.runner import Job
 from engine.server.service import PING_SECONDS, new_id, sse
+from engine.tool_parser import CallDelta, ToolParser
 
 Event = dict[str, Any]
 PING: Final[Event] = {"type": "ping"}
@@ -25,6 +26,7 @@ class Answer:
     model: str
     prompt_tokens: int
     max_tokens: int
+    parser: ToolParser | None = None  # where there are tools
     id: str = field(default_factory=lambda: new_id("msg_"))
     output_tokens: int = 0
     open_block: str = ""  # the type of the block that is open
@@ -56,15 +58,33 @@ class Answer:
             "usage": self.usage(),
         }
 
-    def text(self, text: str) -> list[Event]:
-        """More text: a block is opened where none is."""
-        if not text:
-            return []
-        events = [] if self.open_block == "text" else self._open({"type": "text", "text": ""})
-        return [*events, self._delta({"type": "text_delta", "text": text})]
+    def take(self, step: Step) -> list[Event]:
+        """What one more step says."""
+        self.output_tokens += not step.is_end
+        parser, ended = self.parser, step.finish_reason is not None
+        if parser is None:
+            found: list[str | CallDelta] = [step.text]
+        else:
+            found = [*parser.feed(step.text), *(parser.finish() if ended else [])]
+        events = [event for each in found for event in self._said(each)]
+        return [*events, *self._end(step)] if ended else events
+
+    def _said(self, found: str | CallDelta) -> list[Event]:
+        """More text, or more of a call: a block is opened where another one is, or none."""
+        events: list[Event] = []
+        if isinstance(found, CallDelta):
+            if found.id is not None:
+                call = {"id": _tool_id(found.id), "name": found.name, "input": {}}
+                events += self._open({"type": "tool_use", **call})
+            if found.arguments:
+                events.append(self._delta({"type": "input_json_delta", "partial_json": found.arguments}))
+        elif found:
+            events += [] if self.open_block == "text" else self._open({"type": "text", "text": ""})
+            events.append(self._delta({"type": "text_delta", "text": found}))
+        return events
 
     def _open(self, block: Event) -> list[Event]:
-        events = self.close()
+        events = self._close()
         self.open_block = block["type"]
         self.blocks += 1
         start = {"type": "content_block_start", "index": self.blocks - 1, "content_block": block}
@@ -73,19 +93,19 @@ class Answer:
     def _delta(self, delta: Event) -> Event:
         return {"type": "content_block_delta", "index": self.blocks - 1, "delta": delta}
 
-    def close(self) -> list[Event]:
+    def _close(self) -> list[Event]:
         """The end of the open block, if one is."""
         if not self.open_block:
             return []
         self.open_block = ""
         return [{"type": "content_block_stop", "index": self.blocks - 1}]
 
-    def end(self, step: Step) -> list[Event]:
+    def _end(self, step: Step) -> list[Event]:
         """The last events."""
         reason, sequence = self._stop_reason(step), step.stop_string
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         return [
-            *self.close(),
+            *self._close(),
             {"type": "message_delta", "delta": delta, "usage": self.usage()},
             {"type": "message_stop"},
         ]
@@ -94,7 +114,14 @@ class Answer:
         if step.finish_reason == "length":
             full = self.output_tokens >= self.max_tokens
             return "max_tokens" if full else "model_context_window_exceeded"
-        return "stop_sequence" if step.stop_string is not None else "end_turn"
+        if step.stop_string is not None:
+            return "stop_sequence"
+        return "tool_use" if self.parser and self.parser.calls else "end_turn"
+
+
+def _tool_id(identity: str) -> str:
+    """The id of a call with Anthropic's prefix."""
+    return "toolu_" + identity.rpartition("_")[2]
 
 
 async def events_of(answer: Answer) -> AsyncIterator[Event | None]:
@@ -110,13 +137,8 @@ async def events_of(answer: Answer) -> AsyncIterator[Event | None]:
         if found is None:
             yield PING if started else None
             continue
-        step = found[1]
-        answer.output_tokens += not step.is_end
-        for event in answer.text(step.text):
+        for event in answer.take(found[1]):
             yield event
-        if step.finish_reason is not None:
-            for event in answer.end(step):
-                yield event
 
 
 async def stream_of(answer: Answer) -> AsyncIterator[bytes]:
@@ -152,6 +174,14 @@ def _take(message: Event, event: Event) -> None:
     elif kind == "content_block_stop":
         block = message["content"][event["index"]]
         if "partial" in block:
-            block["input"] = msgspec.json.decode(block.pop("partial") or "{}")
+            block["input"] = _input(block.pop("partial"))
     elif kind == "message_delta":
         message.update(event["delta"], usage=event["usage"])
+
+
+def _input(text: str) -> dict[str, Any]:
+    """A call's arguments; of one that max_tokens cut, which is no JSON, there are none."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        return {}

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
 
 from engine.chat import JINJA, Message, answer_has_leading_space, render
 from engine.errors import HaloError
 from engine.server.anthropic_schema import (
+    ChoiceAny,
+    ChoiceNone,
+    ChoiceTool,
     CountRequest,
     InputMessage,
     RedactedThinkingBlock,
     ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
     plain_text,
     system_text,
+    without_billing,
 )
 from engine.server.errors import ApiError
 from engine.server.service import Service, encode
+from engine.tools import Tool, ToolCall, ToolChoice
 
 
-def turns_of(request: CountRequest, template: str) -> list[Message]:
-    """The conversation; raises ApiError on blocks that this model cannot read.
+@dataclass(frozen=True)
+class Conversation:
+    """What is asked: the turns before the answer, how the answer begins, and the tools that are told."""
+
+    turns: list[Message]
+    begun: str
+    tools: list[Tool]
+    choice: ToolChoice
+
+    def text(self) -> str:
+        """Text that is surely in the prompt."""
+        return "".join(turn.content for turn in self.turns) + self.begun
+
+    def render(self, service: Service) -> list[int]:
+        """Token ids up to where the answer goes on. Raises HaloError where the template refuses it."""
+        engine, template = service.engine, service.engine.card.chat_template
+        ids = render(self.turns, engine.tokenizer, template, self.tools)
+        if self.begun:
+            space = " " if answer_has_leading_space(template) else ""
+            ids += engine.tokenizer.encode(space + self.begun, first=False)
+        return ids
+
+
+def conversation_of(request: CountRequest, template: str) -> Conversation:
+    """The conversation; raises ApiError on blocks that this model cannot read, and on a tool that is none.
 
     Turns of one role that follow each other are one turn, as Anthropic says. A system turn inside the
     conversation stays where it is, or is the user's where the checkpoint's own template would refuse it.
@@ -29,33 +62,77 @@ def turns_of(request: CountRequest, template: str) -> list[Message]:
     if system := system_text(request):
         turns.append(Message("system", system))
     for i, message in enumerate(request.messages):
-        role = message.role
+        role: str = message.role
         if role == "system" and template == JINJA and any(turn.role != "system" for turn in turns):
             role = "user"
-        _append(turns, Message(role, _text(message, f"messages[{i}]")))
-    return turns
+        for turn in _turns(message, role, f"messages[{i}].content"):
+            _append(turns, turn)
+    begun = ""
+    if turns and turns[-1].role == "assistant" and not turns[-1].tool_calls:
+        begun = _beginning(turns.pop().content)
+    choice = _choice(request)
+    tools = [] if choice.mode == "none" else _tools(request)
+    if choice.names and not choice.allowed(tools):
+        raise ApiError(
+            400, f"There is no tool {choice.names[0]!r}.", param="tool_choice.name", code="invalid_value"
+        )
+    if choice.mode == "required" and not tools:
+        raise ApiError(
+            400, "tool_choice asks for a tool, and tools has none.", param="tool_choice", code="invalid_value"
+        )
+    return Conversation(turns, begun, tools, choice)
+
+
+def _turns(message: InputMessage, role: str, param: str) -> Iterator[Message]:
+    """One message as turns: what a tool gave is a turn of its own, before or after the text around it."""
+    if isinstance(message.content, str):
+        text = without_billing(message.content) if role == "system" else message.content
+        yield Message(role, text)
+        return
+    texts: list[str] = []
+    calls: list[ToolCall] = []
+    for i, block in enumerate(message.content):
+        place = f"{param}[{i}]"
+        if isinstance(block, ThinkingBlock | RedactedThinkingBlock):
+            continue
+        if isinstance(block, ToolUseBlock):
+            _only_in(role, "assistant", "tool_use", place)
+            calls.append(ToolCall(block.id, block.name, msgspec.json.encode(block.input).decode()))
+        elif isinstance(block, ToolResultBlock):
+            _only_in(role, "user", "tool_result", place)
+            if texts:
+                yield Message(role, "\n".join(texts))
+                texts.clear()
+            yield Message("tool", _result(block, place), tool_call_id=block.tool_use_id)
+        else:
+            texts.append(plain_text([block], place))
+    if texts or calls or not message.content:
+        yield Message(role, "\n".join(texts), tuple(calls))
+
+
+def _result(block: ToolResultBlock, place: str) -> str:
+    text = plain_text(block.content, f"{place}.content")
+    return f"Error: {text}" if block.is_error else text
+
+
+def _only_in(role: str, wanted: str, kind: str, param: str) -> None:
+    if role != wanted:
+        raise ApiError(
+            400, f"A {kind} block belongs into a turn of the {wanted}.", param=param, code="invalid_value"
+        )
 
 
 def _append(turns: list[Message], turn: Message) -> None:
-    if turns and turns[-1].role == turn.role:
-        joined = "\n\n".join(text for text in (turns[-1].content, turn.content) if text)
-        turns[-1] = Message(turn.role, joined)
+    if turns and turns[-1].role == turn.role != "tool":
+        before = turns[-1]
+        joined = "\n\n".join(text for text in (before.content, turn.content) if text)
+        turns[-1] = Message(turn.role, joined, before.tool_calls + turn.tool_calls)
     else:
         turns.append(turn)
 
 
-def _text(message: InputMessage, param: str) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    kept = [b for b in message.content if not isinstance(b, ThinkingBlock | RedactedThinkingBlock)]
-    return plain_text(kept, f"{param}.content")
-
-
-def split_prefill(turns: Sequence[Message]) -> tuple[list[Message], str]:
-    """The turns before the answer, and the answer's beginning: a last turn of the assistant is one."""
-    if not turns or turns[-1].role != "assistant":
-        return list(turns), ""
-    text = turns[-1].content
+def _beginning(text: str) -> str:
+    """The text of a last turn of the assistant's, which the answer continues."""
     if text != text.rstrip():
         raise ApiError(
             400,
@@ -63,29 +140,36 @@ def split_prefill(turns: Sequence[Message]) -> tuple[list[Message], str]:
             param="messages",
             code="invalid_value",
         )
-    return list(turns[:-1]), text
+    return text
 
 
-def render_turns(service: Service, turns: Sequence[Message]) -> list[int]:
-    """Token ids up to where the answer goes on. Raises ApiError and HaloError."""
-    engine = service.engine
-    before, begun = split_prefill(turns)
-    ids = render(before, engine.tokenizer, engine.card.chat_template)
-    if begun:
-        space = " " if answer_has_leading_space(engine.card.chat_template) else ""
-        ids += engine.tokenizer.encode(space + begun, first=False)
-    return ids
+def _choice(request: CountRequest) -> ToolChoice:
+    asked = request.tool_choice
+    if asked is None:
+        return ToolChoice()
+    parallel = not asked.disable_parallel_tool_use
+    if isinstance(asked, ChoiceTool):
+        return ToolChoice("required", (asked.name,), parallel)
+    if isinstance(asked, ChoiceNone):
+        return ToolChoice("none", None, parallel)
+    return ToolChoice("required" if isinstance(asked, ChoiceAny) else "auto", None, parallel)
 
 
-async def prompt_ids(service: Service, turns: Sequence[Message]) -> list[int]:
+def _tools(request: CountRequest) -> list[Tool]:
+    return [
+        Tool(tool.name, tool.description or "", tool.input_schema, bool(tool.strict))
+        for tool in request.tools or []
+    ]
+
+
+async def prompt_ids(service: Service, asked: Conversation) -> list[int]:
     """Token ids that fit the context; raises ApiError where they do not."""
-    text = "".join(turn.content for turn in turns)
-    return await encode(service, text, lambda: render_turns(service, turns), "messages")
+    return await encode(service, asked.text(), lambda: asked.render(service), "messages")
 
 
-async def count(service: Service, turns: Sequence[Message]) -> int:
+async def count(service: Service, asked: Conversation) -> int:
     """How many tokens the prompt has, also where that is more than the context holds."""
     try:
-        return len(await asyncio.to_thread(render_turns, service, turns))
+        return len(await asyncio.to_thread(asked.render, service))
     except HaloError as error:
         raise ApiError(400, error.message, param="messages", code="invalid_value") from error

@@ -40,6 +40,7 @@ ROUTES: Final = (
         for version in ("v1", "v0")
         for path, name, method in _LEMONADE
     ),
+    ("/openapi.json", later("engine.server.openapi", "openapi"), "GET"),
     ("/ppl", later("engine.server.predecessor", "ppl"), "POST"),
     ("/v1/npu/status", later("engine.server.predecessor", "npu_status"), "GET"),
 )

@@ -1,0 +1,159 @@
+"""GET /openapi.json: the document of every route, made of the structs that requests are decoded into.
+
+It is made when it is first asked for. tests/engine/test_openapi.py holds it to the routes, and schemathesis
+to what the server answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from typing import Any, Final, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.server import answers, anthropic_schema, predecessor, schema
+from engine.server.anthropic_errors import KINDS
+from engine.server.errors import ANTHROPIC
+from engine.server.service import json_response, service_of
+
+REF: Final = "#/components/schemas/{name}"
+JSON: Final = "application/json"
+STREAM: Final = "text/event-stream"
+Method = Literal["get", "post"]
+Refs = dict[type, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One route: what it takes and gives. `errors` are the statuses, beside 200, that it may have."""
+
+    path: str
+    summary: str
+    answer: type | None
+    method: Method = "get"
+    body: type | None = None
+    streams: bool = False
+    errors: tuple[int, ...] = ()
+    media: str = JSON
+
+
+def post(path: str, summary: str, body: type, answer: type, *, streams: bool = True) -> Operation:
+    """A route that runs the model."""
+    errors = (400, 404, 413, 429, 503)
+    return Operation(path, summary, answer, "post", body, streams, errors)
+
+
+def lemonade(version: str) -> list[Operation]:
+    """Lemonade's routes below /api/v1, or their aliases."""
+    base = f"/api/{version}"
+    return [
+        Operation(f"{base}/health", "Lemonade: what is loaded", answers.LemonadeHealth, errors=(503,)),
+        Operation(f"{base}/models", "Lemonade: the models", answers.LemonadeModels),
+        Operation(f"{base}/models/{{id}}", "Lemonade: one model", answers.LemonadeModel, errors=(404,)),
+        Operation(f"{base}/stats", "Lemonade: the last request's figures", answers.LemonadeStats),
+        Operation(f"{base}/system-info", "Lemonade: the machine", answers.LemonadeSystem),
+        post(f"{base}/chat/completions", "As /v1", schema.ChatRequest, answers.ChatCompletion),
+        post(f"{base}/completions", "As /v1", schema.CompletionRequest, answers.Completion),
+    ]
+
+
+OPERATIONS: Final = (
+    Operation("/health", "What runs here", answers.Health, errors=(503,)),
+    Operation("/openapi.json", "This document", None),
+    Operation("/v1/models", "The models", answers.Models),
+    Operation("/v1/models/{id}", "One model", answers.Model, errors=(404,)),
+    post("/v1/chat/completions", "Answer a conversation", schema.ChatRequest, answers.ChatCompletion),
+    post("/v1/completions", "Continue a text", schema.CompletionRequest, answers.Completion),
+    Operation("/v1/embeddings", "Refused: there is no embedding model", None, "post", errors=(501,)),
+    post("/v1/messages", "Answer a conversation", anthropic_schema.MessagesRequest, answers.AnthropicMessage),
+    Operation(
+        "/v1/messages/count_tokens",
+        "How many tokens a prompt has",
+        answers.TokenCount,
+        "post",
+        anthropic_schema.CountRequest,
+        errors=(400, 404, 413),
+    ),
+    *lemonade("v1"),
+    *lemonade("v0"),
+    post("/ppl", "A text's perplexity", predecessor.PplRequest, answers.Perplexity, streams=False),
+    Operation("/v1/npu/status", "Which backend runs which phase", answers.NpuStatus),
+)
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json."""
+    return json_response(await asyncio.to_thread(document, service_of(request).home.version))
+
+
+@cache
+def document(version: str) -> dict[str, Any]:
+    """The whole document."""
+    found = {kind for each in OPERATIONS for kind in (each.body, each.answer) if kind}
+    kinds = sorted(found | {answers.Error, answers.AnthropicError}, key=lambda kind: kind.__qualname__)
+    schemas, components = msgspec.json.schema_components(kinds, ref_template=REF)
+    refs = dict(zip(kinds, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, refs)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "halo", "version": version, "description": __doc__.split("\n")[0]},
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+        "security": [{}, {"bearer": []}, {"x-api-key": []}],
+    }
+
+
+def _operation(operation: Operation, refs: Refs) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": f"{operation.method}{operation.path}".replace("/", "_"),
+        "responses": _responses(operation, refs),
+    }
+    if "{id}" in operation.path:
+        found["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if operation.body is not None:
+        content = {JSON: {"schema": refs[operation.body]}}
+        found["requestBody"] = {"required": True, "content": content}
+    return found
+
+
+def _responses(operation: Operation, refs: Refs) -> dict[str, Any]:
+    schema = refs[operation.answer] if operation.answer else {"type": "object"}
+    content: dict[str, Any] = {operation.media: {"schema": schema}}
+    if operation.streams:
+        content[STREAM] = {"schema": {"type": "string"}}
+    found = {"200": {"description": "The answer", "content": content}}
+    if 501 in operation.errors:
+        found.clear()
+    return found | {str(status): _error(operation.path, status, refs) for status in _statuses(operation)}
+
+
+def _statuses(operation: Operation) -> Iterable[int]:
+    return sorted({*operation.errors, 401, 500})
+
+
+def _error(path: str, status: int, refs: Refs) -> dict[str, Any]:
+    is_anthropic = path.startswith(ANTHROPIC)
+    kind = answers.AnthropicError if is_anthropic else answers.Error
+    error: dict[str, Any] = {
+        "description": KINDS.get(status, "api_error") if is_anthropic else HTTPStatus(status).phrase,
+        "content": {JSON: {"schema": refs[kind]}},
+    }
+    if status == 429:
+        error["headers"] = {"Retry-After": {"required": True, "schema": {"type": "string"}}}
+    return error
