@@ -135,15 +135,19 @@ class _Vocabulary:
         return self._tokenizer.encode(text, first=False)
 
 
-def json_grammar(schema: dict[str, Any] | None) -> str:
-    """An answer that is one JSON value of a schema; None is any object. Raises GrammarError."""
-    return f"start: /[ \\n]/? answer\nanswer: {_json(schema or {'type': 'object'})}\n"
+def json_grammar(schema: dict[str, Any] | None, *, lenient: bool = False) -> str:
+    """An answer that is one JSON value of a schema; None is any object. Raises GrammarError.
+
+    `lenient` leaves out what cannot be enforced.
+    """
+    rule = _json({"type": "object"} if schema is None else schema, lenient=lenient)
+    return f"start: /[ \\n]/? answer\nanswer: {rule}\n"
 
 
 def call_grammar(
     tools: Sequence[Tool], form: CallForm, *, parallel: bool, answer: dict[str, Any] | None = None
 ) -> str:
-    """An answer that is a call of one of `tools`, or several if `parallel`; or JSON of the schema `answer`."""
+    """An answer that is a call of one of `tools`, or several; or JSON of the schema `answer`."""
     rules = []
     for number, tool in enumerate(tools):
         head = json.dumps({"name": tool.name, form.arguments: 0}, ensure_ascii=False)[:-2]
@@ -160,22 +164,24 @@ def call_grammar(
 
 
 def _json(schema: dict[str, Any], *, lenient: bool = False) -> str:
-    """A schema in Lark; `lenient` leaves out what llguidance cannot enforce."""
-    _check_depth(schema)
+    """A schema in llguidance's Lark."""
+    if deeper_than(schema, MAX_DEPTH):
+        raise GrammarError(f"It cannot be enforced: it is nested deeper than {MAX_DEPTH}.")
     text = json.dumps(schema | {"x-guidance": _OPTIONS | {"lenient": lenient}}, ensure_ascii=True)
     if len(text) > MAX_GRAMMAR:
         raise GrammarError(f"It cannot be enforced: it is longer than {MAX_GRAMMAR} characters.")
     return f"%json {text}"
 
 
-def _check_depth(schema: object) -> None:
-    level: list[object] = [schema]
-    for _ in range(MAX_DEPTH):
+def deeper_than(value: object, depth: int) -> bool:
+    """Whether lists and objects of JSON are nested deeper; without recursion."""
+    level: list[object] = [value]
+    for _ in range(depth + 1):
         inner = [list(each.values()) if isinstance(each, dict) else each for each in level]
         level = [each for values in inner if isinstance(values, list) for each in values]
         if not level:
-            return
-    raise GrammarError(f"It cannot be enforced: it is nested deeper than {MAX_DEPTH}.")
+            return False
+    return True
 
 
 def _quoted(text: str) -> str:

@@ -19,11 +19,7 @@ from engine.server.keys import RequireKey
 from engine.server.service import Service
 
 ROUTES = (
-    ("/v1/chat/completions", openai.chat_completions, "POST"),
-    ("/v1/completions", openai.completions, "POST"),
-    ("/v1/models", openai.models, "GET"),
-    ("/v1/models/{id:path}", openai.model, "GET"),
-    ("/v1/embeddings", openai.embeddings, "POST"),
+    *openai.ROUTES,
     *others.ROUTES,
 )
 

@@ -17,7 +17,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.server import answers, anthropic_schema, predecessor, schema
+from engine.server import answers, anthropic_schema, chat_schema, completions, predecessor
 from engine.server.anthropic_errors import KINDS
 from engine.server.errors import ANTHROPIC
 from engine.server.service import json_response, service_of
@@ -25,6 +25,11 @@ from engine.server.service import json_response, service_of
 REF: Final = "#/components/schemas/{name}"
 JSON: Final = "application/json"
 STREAM: Final = "text/event-stream"
+EVENT: Final = {  # of each event
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
 Method = Literal["get", "post"]
 Refs = dict[type, dict[str, Any]]
 
@@ -58,8 +63,8 @@ def lemonade(version: str) -> list[Operation]:
         Operation(f"{base}/models/{{id}}", "Lemonade: one model", answers.LemonadeModel, errors=(404,)),
         Operation(f"{base}/stats", "Lemonade: the last request's figures", answers.LemonadeStats),
         Operation(f"{base}/system-info", "Lemonade: the machine", answers.LemonadeSystem),
-        post(f"{base}/chat/completions", "As /v1", schema.ChatRequest, answers.ChatCompletion),
-        post(f"{base}/completions", "As /v1", schema.CompletionRequest, answers.Completion),
+        post(f"{base}/chat/completions", "As /v1", chat_schema.ChatRequest, answers.ChatCompletion),
+        post(f"{base}/completions", "As /v1", completions.CompletionRequest, answers.Completion),
     ]
 
 
@@ -68,8 +73,8 @@ OPERATIONS: Final = (
     Operation("/openapi.json", "This document", None),
     Operation("/v1/models", "The models", answers.Models),
     Operation("/v1/models/{id}", "One model", answers.Model, errors=(404,)),
-    post("/v1/chat/completions", "Answer a conversation", schema.ChatRequest, answers.ChatCompletion),
-    post("/v1/completions", "Continue a text", schema.CompletionRequest, answers.Completion),
+    post("/v1/chat/completions", "Answer a conversation", chat_schema.ChatRequest, answers.ChatCompletion),
+    post("/v1/completions", "Continue a text", completions.CompletionRequest, answers.Completion),
     Operation("/v1/embeddings", "Refused: there is no embedding model", None, "post", errors=(501,)),
     post("/v1/messages", "Answer a conversation", anthropic_schema.MessagesRequest, answers.AnthropicMessage),
     Operation(
@@ -89,16 +94,19 @@ OPERATIONS: Final = (
 
 async def openapi(request: Request) -> Response:
     """GET /openapi.json."""
-    return json_response(await asyncio.to_thread(document, service_of(request).home.version))
+    service = service_of(request)
+    return json_response(await asyncio.to_thread(document, service.home.version, service.model))
 
 
 @cache
-def document(version: str) -> dict[str, Any]:
-    """The whole document."""
+def document(version: str, model: str) -> dict[str, Any]:
+    """The whole document of a server that serves `model`."""
     found = {kind for each in OPERATIONS for kind in (each.body, each.answer) if kind}
     kinds = sorted(found | {answers.Error, answers.AnthropicError}, key=lambda kind: kind.__qualname__)
     schemas, components = msgspec.json.schema_components(kinds, ref_template=REF)
     refs = dict(zip(kinds, schemas, strict=True))
+    for kind in {each.body for each in OPERATIONS if each.body}:
+        _name_model(components[kind.__name__], model, kind)
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, refs)
@@ -116,6 +124,15 @@ def document(version: str) -> dict[str, Any]:
         },
         "security": [{}, {"bearer": []}, {"x-api-key": []}],
     }
+
+
+def _name_model(component: dict[str, Any], model: str, kind: type) -> None:
+    """Say which model there is, where a body names one: any other is refused."""
+    properties = component["properties"]
+    if issubclass(kind, anthropic_schema.CountRequest):
+        properties["model"] = {"type": "string", "anyOf": [{"enum": [model]}, {"pattern": "^claude-"}]}
+    elif "model" in properties:
+        properties["model"] = {"enum": [model, None], "default": None}
 
 
 def _operation(operation: Operation, refs: Refs) -> dict[str, Any]:
@@ -136,7 +153,7 @@ def _responses(operation: Operation, refs: Refs) -> dict[str, Any]:
     schema = refs[operation.answer] if operation.answer else {"type": "object"}
     content: dict[str, Any] = {operation.media: {"schema": schema}}
     if operation.streams:
-        content[STREAM] = {"schema": {"type": "string"}}
+        content[STREAM] = {"schema": EVENT}
     found = {"200": {"description": "The answer", "content": content}}
     if 501 in operation.errors:
         found.clear()

@@ -7,25 +7,30 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message as AsgiMessage
 from starlette.types import Receive, Scope, Send
 
-from engine.chat import Message, render
+from engine.chat import Message, render, stop_ids
 from engine.errors import HaloError
-from engine.generate import ContextOverflow, Engine, Step
+from engine.generate import ContextOverflow, Engine
+from engine.grammar import Grammars
 from engine.locate import Home
 from engine.router import NpuProbe
 from engine.server.errors import ApiError, as_api_error, error_body
 from engine.server.request_stats import StatsObserver
 from engine.server.runner import Job, QueueFull, Runner, Work
+from engine.tools import Tool
 
 BODY_LIMIT: Final = 2 * 1024 * 1024  # bytes; the longest context of any model is far below
 RETRY_AFTER_SECONDS: Final = 2
+DONE: Final = b"data: [DONE]\n\n"  # the end of a stream of OpenAI's older endpoints
+PING: Final = b": ping\n\n"
 PING_SECONDS: Final = 10.0  # proxies and clients give up on a silent stream
 
 
@@ -48,18 +53,10 @@ class Service:
     def fingerprint(self) -> str:
         return f"halo-{self.home.version}-{self.home.generation}"
 
-
-@dataclass
-class Gathered:
-    """A whole choice: its text, all that was decoded (an end token included), how it ended."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    tokens: int = 0  # as usage counts them: without the model's own end token
-    finish_reason: str = "length"
-    stop_string: str | None = None
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes constraints; nothing is loaded before one is compiled."""
+        return Grammars(self.engine.tokenizer, stop_ids(self.engine.tokenizer))
 
 
 def service_of(request: Request) -> Service:
@@ -116,13 +113,14 @@ def check_model(service: Service, name: str | None, param: str = "model") -> Non
         )
 
 
-async def encode_chat(service: Service, turns: Sequence[Message], param: str = "messages") -> list[int]:
+async def encode_chat(
+    service: Service, turns: Sequence[Message], tools: Sequence[Tool] = (), param: str = "messages"
+) -> list[int]:
     """A conversation's token ids, up to where the answer begins; made off the event loop."""
     engine = service.engine
     text = "".join(turn.content for turn in turns)
-    return await encode(
-        service, text, lambda: render(turns, engine.tokenizer, engine.card.chat_template), param
-    )
+    template = engine.card.chat_template
+    return await encode(service, text, lambda: render(turns, engine.tokenizer, template, tools), param)
 
 
 async def encode_prompt(service: Service, prompt: str | list[int], param: str = "prompt") -> list[int]:
@@ -145,10 +143,22 @@ async def encode(service: Service, text: str, make: Callable[[], list[int]], par
         ids = await asyncio.to_thread(make)
         engine.check_prompt(ids)
     except ContextOverflow as error:
-        raise ApiError(400, error.message, param=param, code="context_length_exceeded") from error
+        raise too_long(error, param) from error
     except HaloError as error:
         raise ApiError(400, error.message, param=param, code="invalid_value") from error
     return ids
+
+
+def too_long(error: ContextOverflow, param: str | None = None) -> ApiError:
+    """A prompt that does not fit, in the words that clients of OpenAI's API look for."""
+    few = "at least " if "at least" in error.message else ""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {error.context} tokens. However, your {param or 'prompt'} "
+        f"resulted in {few}{error.tokens} tokens. Please shorten it: one new token must have room.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def submit_or_429(request: Request, works: Sequence[Work]) -> Job:
@@ -163,30 +173,6 @@ def submit_or_429(request: Request, works: Sequence[Work]) -> Job:
             code="queue_full",
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         ) from None
-
-
-async def collect(job: Job, receive: Receive) -> list[Gathered]:
-    """All choices, whole, by index; a client that goes away ends the work (ClientDisconnect)."""
-    whole = {work.index: Gathered(work.index) for work in job.works}
-    ended = 0
-    async with cancelled_on_disconnect(job, receive):
-        async for index, step in job.steps():
-            add(whole[index], step)
-            ended += step.finish_reason is not None
-    if ended < len(whole):
-        raise ClientDisconnect  # cut short, so nobody is there to read it
-    return [whole[index] for index in sorted(whole)]
-
-
-def add(choice: Gathered, step: Step) -> None:
-    """Take one more step into a choice."""
-    choice.text += step.text
-    choice.token_ids.append(step.token_id)
-    choice.steps.append(step)
-    choice.tokens += not step.is_end
-    if step.finish_reason is not None:
-        choice.finish_reason = step.finish_reason
-        choice.stop_string = getattr(step, "stop_string", None)
 
 
 def failure(error: ApiError) -> bytes:

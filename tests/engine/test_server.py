@@ -230,11 +230,12 @@ def test_health_says_what_runs(hashed):
         ({"max_tokens": 0}, 400, "max_tokens", "invalid_type"),
         ({"temperature": -1}, 400, "temperature", "invalid_type"),
         ({"top_p": 0}, 400, "top_p", "invalid_type"),
-        ({"n": 9}, 400, "n", "invalid_type"),
+        ({"n": 129}, 400, "n", "invalid_type"),
         ({"stop": [""]}, 400, "stop[0]", "invalid_type"),
         ({"seed": "x"}, 400, "seed", "invalid_type"),
-        ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+        ({"tools": [{"type": "custom"}]}, 400, "tools[0].type", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, 400, "tools[0].function", "missing_required_parameter"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format.type", "invalid_value"),
     ],
 )
 def test_a_wrong_request_is_refused_by_name(hashed, change, status, param, code):
