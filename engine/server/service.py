@@ -165,7 +165,7 @@ def submit_or_429(request: Request, works: Sequence[Work]) -> Job:
     """Queue a request's work; raises ApiError (429) where too many wait."""
     runner = service_of(request).runner
     try:
-        return runner.submit(works)
+        job = runner.submit(works, client=client_of(request))
     except QueueFull:
         raise ApiError(
             429,
@@ -173,6 +173,8 @@ def submit_or_429(request: Request, works: Sequence[Work]) -> Job:
             code="queue_full",
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         ) from None
+    request.scope.setdefault("state", {}).setdefault("jobs", []).append(job)  # for the access log
+    return job
 
 
 def failure(error: ApiError) -> bytes:
