@@ -7,6 +7,10 @@ of the seed, the number of the choice and the position alone, and of nothing tha
 gives the same tokens with speculation on or off, alone or in a batch, and a continuation that is taken up
 again at some position goes on as it would have gone on. And the largest of many sums needs few of the logits
 (docs/exact-head.md): `settled` says whether those near the winner decide.
+
+What changes the logits before (engine/edits.py) comes in this order: the repetition penalty, then one sum of
+bias, presence and frequency penalty, then the mask; after it min-p, top-k and top-p, each over what the one
+before left. One float32 operation each; the sum is added to the noise before both are added to the logit.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import HaloError
+
+if TYPE_CHECKING:
+    from engine.edits import Edits
 
 COLDEST: Final = 1e-6  # a temperature below would overflow; logits so near to each other are equal
 DEPTH: Final = 6.0  # temperatures
@@ -30,9 +37,12 @@ FLOORS: Final = (0.05, 2.5e-3, 1e-4, 5e-6, 2.5e-7, 0.0)  # of the likeliest toke
 class SamplingParams:
     """How a continuation is chosen and where it ends.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 are off. max_tokens None is what the context leaves.
-    The same seed gives the same tokens on the same build, with speculation or without, alone or in a batch;
-    None draws one from the system.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and the other neutral values are off. max_tokens None
+    is what the context leaves; 0 asks for the prompt alone. The same seed gives the same tokens on the same
+    build, with speculation or without, alone or in a batch; None draws one from the system.
+    repetition_penalty is over prompt and answer (above 1: fewer repetitions), presence_penalty and
+    frequency_penalty over the answer, as vLLM has them. logit_bias: (token id, what is added to its logit).
+    logprobs, prompt_logprobs: how many of the likeliest tokens come with each, None for no log probabilities.
     """
 
     max_tokens: int | None = None
@@ -52,10 +62,19 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raise HaloError on a value out of range."""
-        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1")
+        _require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens must not be negative")
         _require(0.0 <= self.temperature <= 100.0, "temperature must be between 0 and 100")
         _require(0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1")
         _require(self.top_k >= 0, "top_k must not be negative")
+        _require(0.0 <= self.min_p <= 1.0, "min_p must be between 0 and 1")
+        _require(0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty must be between 0.01 and 100")
+        _require(abs(self.presence_penalty) <= 100.0, "presence_penalty must be between -100 and 100")
+        _require(abs(self.frequency_penalty) <= 100.0, "frequency_penalty must be between -100 and 100")
+        _require(all(abs(b) <= 1000.0 for _, b in self.logit_bias), "a bias must be between -1000 and 1000")
+        _require(
+            all(n is None or n >= 0 for n in (self.logprobs, self.prompt_logprobs)),
+            "logprobs must not be negative",
+        )
         _require(all(self.stop), "a stop string must not be empty")
 
 
@@ -90,26 +109,36 @@ def is_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0.0 or params.top_k == 1
 
 
-def sample(logits: NDArray[np.float32], params: SamplingParams, noise: Noise, position: int) -> int:
-    """The token id at `position` from logits f32[vocab]; greedy takes the lowest id on a tie."""
+def sample(
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    noise: Noise | None,
+    position: int,
+    edits: Edits | None = None,
+) -> int:
+    """The token id at `position` from logits f32[vocab]; greedy (no noise) takes the lowest id on a tie."""
     best = int(np.argmax(logits))
     if not np.isfinite(logits[best]):
         raise HaloError(
             "The model gave logits that are no numbers.",
             hint="its files may be damaged: run `halo doctor`.",
         )
-    if is_greedy(params):
-        return best
-    values = logits + scaled_noise(noise, position, len(logits), params.temperature)
+    repeated = edits.repeated(logits) if edits else logits
+    ranked = edits.shifted(repeated) if edits else logits
+    if is_greedy(params) or noise is None:
+        return int(np.argmax(ranked))
+    row = scaled_noise(noise, position, len(logits), params.temperature)
+    values = repeated + (edits.shifted(row) if edits else row)
     if not is_narrowed(params):
         return int(np.argmax(values))
-    order = _likeliest(logits, _weights(logits, best, params.temperature), params)
+    weights = _weights(ranked, int(np.argmax(ranked)), params.temperature)
+    order = _likeliest(ranked, weights, params)
     return int(order[np.lexsort((order, -values[order]))[0]])
 
 
 def is_narrowed(params: SamplingParams) -> bool:
-    """Whether top-k or top-p leave tokens out."""
-    return params.top_k > 0 or params.top_p < 1.0
+    """Whether min-p, top-k or top-p leave tokens out."""
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
 def depth_of(params: SamplingParams) -> float:
@@ -118,7 +147,7 @@ def depth_of(params: SamplingParams) -> float:
 
 
 def settled(token: int, ids: NDArray[np.int32], logits: NDArray[np.float32], params: SamplingParams) -> bool:
-    """Whether `token`, the winner among all, is certainly one that top-k and top-p leave.
+    """Whether `token`, the winner among all, is certainly one that min-p, top-k and top-p leave.
 
     ids rising, and their logits: every token whose logit is at least the winner's is among them. The winner
     among all is the winner among those that are left, if it is left; else the others have to be known.
@@ -127,10 +156,14 @@ def settled(token: int, ids: NDArray[np.int32], logits: NDArray[np.float32], par
     before = (logits > own) | ((logits == own) & (ids < token))
     if params.top_k and np.count_nonzero(before) >= params.top_k:
         return False
-    if params.top_p == 1.0:
+    if params.top_p == 1.0 and not params.min_p:
         return True
     # The whole is at least what is seen of it. A little off, since sums differ in the last bits.
     weights = _weights(logits, int(np.argmax(logits)), params.temperature)
+    if params.min_p:
+        if weights[np.searchsorted(ids, token)] < np.float32(params.min_p):
+            return False
+        weights[weights < np.float32(params.min_p)] = 0.0
     seen = float(np.sort(weights)[-params.top_k :].sum(dtype=np.float64))
     return float(weights[before].sum(dtype=np.float64)) < params.top_p * seen * (1 - 1e-9)
 
@@ -145,13 +178,18 @@ def _weights(logits: NDArray[np.float32], best: int, temperature: float) -> NDAr
 def _likeliest(
     logits: NDArray[np.float32], weights: NDArray[np.float32], params: SamplingParams
 ) -> NDArray[np.int64]:
-    """The ids that top_k and then top_p leave, the likeliest first.
+    """The ids that min_p, then top_k and then top_p leave, the likeliest first.
 
     A vocabulary is never sorted: those above a falling floor are, until they are enough.
     """
+    least = np.float32(params.min_p)
+    if params.min_p:
+        weights = np.where(weights >= least, weights, np.float32(0.0))
     total = float(weights.sum(dtype=np.float64))
     for floor in FLOORS:
-        near = np.flatnonzero(weights >= np.float32(floor))
+        near = np.flatnonzero(weights >= max(np.float32(floor), least))
+        if floor <= params.min_p:
+            break
         if len(near) >= params.top_k > 0:
             break
         if not params.top_k and float(weights[near].sum(dtype=np.float64)) >= params.top_p * total:

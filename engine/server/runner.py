@@ -1,74 +1,59 @@
-"""The one thread that owns the engine, and the FIFO of jobs before it; it knows nothing of HTTP."""
+"""The one thread that owns the engine, and the jobs that the event loop hands it; HTTP is not here."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final
 
 from engine.device import DeviceLost
-from engine.generate import Engine, Step
-from engine.sampling import SamplingParams
-from engine.sequence import Constraint
+from engine.generate import Engine
+from engine.observer import Gauges, Observer
+from engine.request import DeadlinePassed as DeadlinePassed
+from engine.request import Event, Request
+from engine.request import QueueFull as QueueFull
+from engine.request import Timing as Timing
+from engine.request import Work as Work
+from engine.scheduler import DEFAULT_QUEUE_LIMIT as DEFAULT_QUEUE_LIMIT
+from engine.scheduler import Delivery, put_each
+from engine.sequence import Prompt, Step
 
-DEFAULT_QUEUE_LIMIT: Final = 32
+SWITCH_SECONDS: Final = 0.0005  # a thread that waits for the interpreter gets it; Python's own is 5 ms
 log = logging.getLogger("halo.server")
 
 
-class QueueFull(Exception):
-    """As many jobs wait as may wait."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One choice to generate: `index` is its number in the answer, `seed_index` its number for its prompt."""
-
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    index: int = 0
-    seed_index: int = 0
-    strip_leading: bool = False
-    constraint: Constraint | None = None
-
-
-@dataclass
-class Timing:
-    """When what happened to a job, by time.monotonic()."""
-
-    submitted: float = field(default_factory=monotonic)
-    admitted: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
-
-
-class Job:
+class Job(Request):
     """One request's work and the steps that come of it. Made and read on the event loop's thread."""
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        self.works = works
-        self.cached_tokens = 0  # of the prompts, that were not prefilled again
-        self.timing = Timing()
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
-        self._cancelled = threading.Event()
+    def __init__(
+        self, works: Sequence[Work], runner: Runner, client: str = "", deadline: float | None = None
+    ) -> None:
+        super().__init__(works, client=client, deadline=deadline)
+        self.loop = asyncio.get_running_loop()
+        self._runner = runner
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
 
-    async def steps(self) -> AsyncIterator[tuple[int, Step]]:
+    async def steps(self) -> AsyncIterator[tuple[int, Step | Prompt]]:
         """(index of the choice, step) as they come; ends early when cancelled; raises the engine's error."""
         async for event in self.steps_or_pings(None):
             if event is not None:
                 yield event
 
-    async def steps_or_pings(self, idle_seconds: float | None) -> AsyncIterator[tuple[int, Step] | None]:
+    async def steps_or_pings(
+        self, idle_seconds: float | None
+    ) -> AsyncIterator[tuple[int, Step | Prompt] | None]:
         """As `steps`, and None whenever nothing came for so long: a stream stays alive while it waits."""
         while True:
             try:
-                async with asyncio.timeout(idle_seconds):
-                    event = await self._events.get()
+                if self._queue.empty():
+                    async with asyncio.timeout(idle_seconds):
+                        event = await self._queue.get()
+                else:
+                    event = self._queue.get_nowait()
             except TimeoutError:
                 yield None
                 continue
@@ -80,112 +65,105 @@ class Job:
 
     def cancel(self) -> None:
         """Stop within one step, waiting or running."""
-        self._cancelled.set()
-        self._events.put_nowait(None)
+        if not (self.ended or self.cancelled()):
+            super().cancel()
+            self._queue.put_nowait(None)
+            self._runner.wake()
 
-    def cancelled(self) -> bool:
-        """Whether nobody wants the rest."""
-        return self._cancelled.is_set()
-
-    def deliver(self, event: tuple[int, Step] | Exception | None) -> None:
-        """Hand an event over from the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop has ended: nobody is left to read
-            self._cancelled.set()
+    def put(self, event: Event) -> None:
+        """Take an event, on the event loop's thread."""
+        self._queue.put_nowait(event)
 
 
 class Runner:
-    """Runs jobs one after the other, first come first served."""
+    """Runs the engine's scheduler in a thread of its own."""
 
-    def __init__(self, engine: Engine, queue_limit: int = DEFAULT_QUEUE_LIMIT) -> None:
+    def __init__(
+        self, engine: Engine, queue_limit: int = DEFAULT_QUEUE_LIMIT, observer: Observer | None = None
+    ) -> None:
         self.engine = engine
         self.queue_limit = queue_limit
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
-        self._stopping = False
         self.lost: DeviceLost | None = None  # why the engine's thread ended by itself
-        self._change = threading.Condition()
+        self.scheduler = engine.scheduler
+        self.scheduler.queue_limit = queue_limit
+        self.scheduler.deliver = _deliver
+        if observer is not None:
+            self.scheduler.observer = observer
+        self._stopping = False
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._loop, name="halo-engine", daemon=True)
 
     def start(self) -> None:
         """Start the engine's thread."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the current step; waiting jobs are dropped."""
-        with self._change:
-            self._stopping = True
-            for job in self._all_jobs():
-                job._cancelled.set()
-            self._change.notify()
+        """End the thread after the current step; what waits or runs is dropped."""
+        self._stopping = True
+        self.wake()
         self._thread.join()
+
+    def wake(self) -> None:
+        """Something is to be looked at: a new job, a cancelled one, the end."""
+        with self.scheduler.change:
+            self.scheduler.change.notify()
 
     def alive(self) -> bool:
         """Whether jobs still get done."""
         return self._thread.is_alive()
 
+    def busy_for(self) -> float:
+        """Seconds since the step that runs now began; 0 where none runs."""
+        began = self._step_began
+        return 0.0 if began is None else monotonic() - began
+
     def submit(self, works: Sequence[Work], *, client: str = "", deadline: float | None = None) -> Job:
-        """Queue a request; raises QueueFull, or DeviceLost. Call on the event loop's thread."""
-        job = Job(works)
-        with self._change:
-            if self.lost is not None:
-                raise self.lost
-            self._waiting = deque(j for j in self._waiting if not j.cancelled())
-            if len(self._waiting) >= self.queue_limit:
-                raise QueueFull
-            self._waiting.append(job)
-            self._change.notify()
+        """Queue a request; raises QueueFull, or DeviceLost. Call on the event loop's thread.
+
+        client: who asks, for fairness. deadline: the time.monotonic() at which it ends with DeadlinePassed.
+        """
+        if self.lost is not None:
+            raise self.lost
+        job = Job(works, self, client, deadline)
+        self.scheduler.submit(job)
         return job
 
-    def counts(self) -> tuple[int, int]:
-        """(jobs running, jobs waiting)."""
-        with self._change:
-            return int(self._running is not None), sum(not j.cancelled() for j in self._waiting)
+    def gauges(self) -> Gauges:
+        """How full the slots and the queue are."""
+        return self.scheduler.gauges()
 
-    def _all_jobs(self) -> list[Job]:
-        return [*self._waiting, *([self._running] if self._running else [])]
+    def counts(self) -> tuple[int, int]:
+        """(jobs that have slots, jobs waiting)."""
+        return self.scheduler.running_requests(), self.gauges().waiting
 
     def _loop(self) -> None:
-        while (job := self._next()) is not None:
-            try:
-                self._run(job)
-                job.deliver(None)
-            except DeviceLost as error:
-                self._give_up(job, error)
-                return
-            except Exception as error:
-                job.deliver(error)
+        scheduler = self.scheduler
+        error: Exception | None = None
+        try:
+            while not self._stopping:
+                with scheduler.change:
+                    while not (self._stopping or scheduler.has_work()):
+                        scheduler.change.wait()
+                self._step_began = monotonic()
+                scheduler.step()
+                self._step_began = None
+        except DeviceLost as lost:
+            self.lost = error = lost  # whoever waits is told, and the server ends (serve.py)
+        except Exception as unknown:
+            log.exception("the scheduler failed")
+            error = unknown
+        scheduler.end_all(error)
 
-    def _give_up(self, job: Job, error: DeviceLost) -> None:
-        """No job can be done any more: whoever waits is told, and the server ends (serve.py)."""
-        with self._change:
-            self.lost = error
-            jobs = [job, *self._waiting]
-            self._waiting.clear()
-        for each in jobs:
-            each.deliver(error)
 
-    def _next(self) -> Job | None:
-        with self._change:
-            self._running = None
-            while not self._waiting and not self._stopping:
-                self._change.wait()
-            if self._stopping:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
-
-    def _run(self, job: Job) -> None:
-        for work in job.works:
-            if job.cancelled():
-                return
-            steps = self.engine.generate(
-                work.prompt_ids,
-                work.params,
-                index=work.seed_index,
-                strip_leading=work.strip_leading,
-                cancelled=job.cancelled,
-            )
-            for step in steps:
-                job.deliver((work.index, step))
+def _deliver(events: list[Delivery]) -> None:
+    """Hand a step's events over from the engine's thread, all at once."""
+    loop = next((request.loop for request, _ in events if isinstance(request, Job)), None)
+    try:
+        if loop is None:
+            put_each(events)
+        else:
+            loop.call_soon_threadsafe(put_each, events)
+    except RuntimeError:  # the loop has ended: nobody is left to read
+        for request, _ in events:
+            request.cancel()

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import HaloError
-from engine.generate import PREFILL_CHUNK, ContextOverflow
+from engine.batch import BUDGET
+from engine.generate import ContextOverflow
 from engine.sampling import SamplingParams, make_noise, sample
 from tests.engine.server_fixtures import (
     EOS,
@@ -169,7 +170,7 @@ def test_a_backend_error_passes_through_and_the_slot_recovers():
 def test_cancel_is_noticed_between_prefill_chunks_and_between_steps():
     session = ScriptedSession(byte_tokens(b"x"))
     engine = make_engine(session)
-    long_prompt = [FIRST_BYTE] * (PREFILL_CHUNK * 5)
+    long_prompt = [FIRST_BYTE] * (BUDGET * 5)
     assert list(engine.generate(long_prompt, SamplingParams(), cancelled=lambda: session.runs >= 2)) == []
     assert session.runs == 2
     steps = list(engine.generate([5], SamplingParams(), cancelled=lambda: session.runs >= 6))

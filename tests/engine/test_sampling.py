@@ -152,7 +152,7 @@ def test_logits_that_are_no_numbers_are_an_error_not_a_token(bad):
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1},
+    [{"max_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1},
      {"top_k": -1}, {"stop": ("",)}],
 )  # fmt: skip
 def test_parameters_out_of_range_are_refused(change):

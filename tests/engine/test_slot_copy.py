@@ -1,4 +1,4 @@
-"""Keys and values copied between slots are those that the same tokens make, to the last bit, in every form."""
+"""Keys and values copied between slots are those that the same tokens make, to the last bit and form."""
 
 from __future__ import annotations
 
