@@ -7,13 +7,11 @@ from collections.abc import Callable
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from engine.chat import answer_has_leading_space
 from engine.server.anthropic_errors import anthropic_error
 from engine.server.anthropic_schema import CountRequest, MessagesRequest
 from engine.server.anthropic_stream import Answer, message_of, stream_of
-from engine.server.anthropic_turns import conversation_of, count, prompt_ids
+from engine.server.anthropic_turns import conversation_of, count, prepared_of
 from engine.server.errors import ApiError, decode_body
-from engine.server.runner import Work
 from engine.server.service import (
     EventStream,
     Service,
@@ -25,7 +23,6 @@ from engine.server.service import (
     sse,
     submit_or_429,
 )
-from engine.tool_parser import ToolParser
 
 ALIAS = "claude-"  # Claude Code asks for several models by Anthropic's own names; here is one
 
@@ -35,14 +32,9 @@ async def messages(request: Request) -> Response:
     service = service_of(request)
     body = decode_body(await read_body(request), MessagesRequest)
     _check(service, body)
-    template = service.engine.card.chat_template
-    asked = conversation_of(body, template)
-    ids = await prompt_ids(service, asked)
-    strip = answer_has_leading_space(template) and not asked.begun
-    job = submit_or_429(request, [Work(ids, body.sampling(), strip_leading=strip)])
-    names = frozenset(tool.name for tool in asked.choice.allowed(asked.tools))
-    parser = ToolParser(names, parallel=asked.choice.parallel) if names else None
-    answer = Answer(job, service.model, len(ids), body.max_tokens, parser)
+    prepared = await prepared_of(service, body)
+    job = submit_or_429(request, prepared.works)
+    answer = Answer(job, prepared, service.model, body.max_tokens)
     if body.stream:
         return EventStream(stream_of(answer), job, _failed(request))
     async with cancelled_on_disconnect(job, request.receive):

@@ -8,10 +8,12 @@ from typing import Any, Final
 
 import msgspec
 
-from engine.sequence import Step
+import engine.server.service as shared
+from engine.server.reading import Piece, pieces
 from engine.server.runner import Job
-from engine.server.service import PING_SECONDS, new_id, sse
-from engine.tool_parser import CallDelta, ToolParser
+from engine.server.service import new_id, sse
+from engine.server.turn import Prepared
+from engine.tool_parser import CallDelta
 
 Event = dict[str, Any]
 PING: Final[Event] = {"type": "ping"}
@@ -23,10 +25,9 @@ class Answer:
     """One accepted request, and how far its answer is."""
 
     job: Job
+    prepared: Prepared
     model: str
-    prompt_tokens: int
     max_tokens: int
-    parser: ToolParser | None = None  # where there are tools
     id: str = field(default_factory=lambda: new_id("msg_"))
     output_tokens: int = 0
     open_block: str = ""  # the type of the block that is open
@@ -37,9 +38,10 @@ class Answer:
 
         Nothing is ever written to a cache for the caller's sake: every prompt stays where it ran.
         """
-        cached = min(self.job.cached_tokens, self.prompt_tokens)
+        prompt = self.prepared.prompt_tokens
+        cached = min(self.job.cached_tokens, prompt)
         return {
-            "input_tokens": self.prompt_tokens - cached,
+            "input_tokens": prompt - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": self.output_tokens,
@@ -58,16 +60,11 @@ class Answer:
             "usage": self.usage(),
         }
 
-    def take(self, step: Step) -> list[Event]:
-        """What one more step says."""
-        self.output_tokens += not step.is_end
-        parser, ended = self.parser, step.finish_reason is not None
-        if parser is None:
-            found: list[str | CallDelta] = [step.text]
-        else:
-            found = [*parser.feed(step.text), *(parser.finish() if ended else [])]
-        events = [event for each in found for event in self._said(each)]
-        return [*events, *self._end(step)] if ended else events
+    def take(self, piece: Piece) -> list[Event]:
+        """What one more piece says."""
+        self.output_tokens += piece.tokens
+        events = [event for each in (piece.text, *piece.calls) for event in self._said(each)]
+        return events if piece.finish_reason is None else [*events, *self._end(piece)]
 
     def _said(self, found: str | CallDelta) -> list[Event]:
         """More text, or more of a call: a block is opened where another one is, or none."""
@@ -100,9 +97,9 @@ class Answer:
         self.open_block = ""
         return [{"type": "content_block_stop", "index": self.blocks - 1}]
 
-    def _end(self, step: Step) -> list[Event]:
+    def _end(self, piece: Piece) -> list[Event]:
         """The last events."""
-        reason, sequence = self._stop_reason(step), step.stop_string
+        reason, sequence = self._stop_reason(piece), piece.stop_string
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         return [
             *self._close(),
@@ -110,13 +107,13 @@ class Answer:
             {"type": "message_stop"},
         ]
 
-    def _stop_reason(self, step: Step) -> str:
-        if step.finish_reason == "length":
+    def _stop_reason(self, piece: Piece) -> str:
+        if piece.finish_reason == "length":
             full = self.output_tokens >= self.max_tokens
             return "max_tokens" if full else "model_context_window_exceeded"
-        if step.stop_string is not None:
+        if piece.stop_string is not None:
             return "stop_sequence"
-        return "tool_use" if self.parser and self.parser.calls else "end_turn"
+        return "tool_use" if piece.finish_reason == "tool_calls" else "end_turn"
 
 
 def _tool_id(identity: str) -> str:
@@ -130,15 +127,16 @@ async def events_of(answer: Answer) -> AsyncIterator[Event | None]:
     message_start waits until the request has a slot: only then is it known what the KV cache had.
     """
     started = False
-    async for found in answer.job.steps_or_pings(PING_SECONDS):
+    async for found in pieces(answer.job, answer.prepared.reader, shared.PING_SECONDS):
         if not started and (found is not None or answer.job.timing.admitted is not None):
             started = True
             yield {"type": "message_start", "message": answer.message()}
         if found is None:
             yield PING if started else None
             continue
-        for event in answer.take(found[1]):
-            yield event
+        if isinstance(found[1], Piece):
+            for event in answer.take(found[1]):
+                yield event
 
 
 async def stream_of(answer: Answer) -> AsyncIterator[bytes]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import msgspec
 
@@ -16,6 +17,7 @@ from engine.server.anthropic_schema import (
     ChoiceTool,
     CountRequest,
     InputMessage,
+    MessagesRequest,
     RedactedThinkingBlock,
     ThinkingBlock,
     ToolResultBlock,
@@ -26,7 +28,10 @@ from engine.server.anthropic_schema import (
 )
 from engine.server.errors import ApiError
 from engine.server.service import Service, encode
+from engine.server.turn import Ask, Names, Prepared, prepare
 from engine.tools import Tool, ToolCall, ToolChoice
+
+NAMES: Final = Names("messages", "tools", "output_config.format")
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,18 @@ class Conversation:
     tools: list[Tool]
     choice: ToolChoice
 
-    def text(self) -> str:
-        """Text that is surely in the prompt."""
-        return "".join(turn.content for turn in self.turns) + self.begun
+    def beginning(self, service: Service) -> list[int]:
+        """The tokens of how the answer begins."""
+        if not self.begun:
+            return []
+        space = " " if answer_has_leading_space(service.engine.card.chat_template) else ""
+        return service.engine.tokenizer.encode(space + self.begun, first=False)
 
     def render(self, service: Service) -> list[int]:
         """Token ids up to where the answer goes on. Raises HaloError where the template refuses it."""
-        engine, template = service.engine, service.engine.card.chat_template
-        ids = render(self.turns, engine.tokenizer, template, self.tools)
-        if self.begun:
-            space = " " if answer_has_leading_space(template) else ""
-            ids += engine.tokenizer.encode(space + self.begun, first=False)
-        return ids
+        engine, told = service.engine, self.choice.allowed(self.tools)
+        ids = render(self.turns, engine.tokenizer, engine.card.chat_template, told)
+        return ids + self.beginning(service)
 
 
 def conversation_of(request: CountRequest, template: str) -> Conversation:
@@ -87,7 +92,8 @@ def _turns(message: InputMessage, role: str, param: str) -> Iterator[Message]:
     """One message as turns: what a tool gave is a turn of its own, before or after the text around it."""
     if isinstance(message.content, str):
         text = without_billing(message.content) if role == "system" else message.content
-        yield Message(role, text)
+        if text or role != "system":
+            yield Message(role, text)
         return
     texts: list[str] = []
     calls: list[ToolCall] = []
@@ -162,9 +168,25 @@ def _tools(request: CountRequest) -> list[Tool]:
     ]
 
 
-async def prompt_ids(service: Service, asked: Conversation) -> list[int]:
-    """Token ids that fit the context; raises ApiError where they do not."""
-    return await encode(service, asked.text(), lambda: asked.render(service), "messages")
+async def prepared_of(service: Service, request: MessagesRequest) -> Prepared:
+    """The work of a request; raises ApiError where its prompt or a schema cannot be."""
+    asked = conversation_of(request, service.engine.card.chat_template)
+    schema = request.answer_schema()
+    if schema is not None and asked.begun:
+        raise ApiError(
+            400,
+            "An answer of a schema cannot continue a last turn of the assistant.",
+            param="output_config.format",
+            code="invalid_value",
+        )
+    ask = Ask(asked.turns, request.sampling(), 1, asked.tools, asked.choice, schema)
+    prepared = await prepare(service, ask, NAMES)
+    if not asked.begun:
+        return prepared
+    (work,) = prepared.works
+    ids = [*work.prompt_ids, *asked.beginning(service)]
+    await encode(service, "", lambda: ids, "messages")  # does it still fit?
+    return Prepared([replace(work, prompt_ids=ids, strip_leading=False)], len(ids), prepared.reader)
 
 
 async def count(service: Service, asked: Conversation) -> int:
