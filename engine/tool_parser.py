@@ -59,7 +59,8 @@ class ToolParser:
         if self._scanner and not self._scanner.begun:
             self._reject(events)
         rest = self._take_candidate() + self._held
-        if not self._dropping() and self._scanner is None and (rest.strip() or not self.calls):
+        begins = not rest.strip() or any(each.startswith(rest.strip()) for each in (TAG, _NAMED))
+        if not self._dropping() and self._scanner is None and not (self.calls and begins):
             self._say(events, rest)
         self._held = ""
         return events
@@ -129,12 +130,12 @@ class ToolParser:
     def _seek_tag(self, events: list[Event]) -> bool:
         at = self._held.find(TAG)
         if at >= 0:
-            self._say(events, self._held[:at])
+            self._say(events, self._held[:at].rstrip())
             self._candidate, self._held = TAG, self._held[at + len(TAG) :]
             self._in_text = False
             return bool(self._held)
         keep = next((n for n in range(len(TAG) - 1, 0, -1) if self._held.endswith(TAG[:n])), 0)
-        shown = self._held[: len(self._held) - keep]
+        shown = self._held[: len(self._held) - keep].rstrip()  # white space before a call is no text
         self._held = self._held[len(shown) :]
         self._say(events, shown)
         return False

@@ -98,24 +98,22 @@ class Answer:
         yield shared.DONE
 
     def _chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """A piece's chunks: what it brought out, then the end, which has an empty delta."""
-        end = piece.finish_reason
-        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
-        if piece.calls:
-            delta["tool_calls"] = [_call_delta(call) for call in piece.calls]
-        if not delta and end is None:
-            return []
-        if not delta:
-            return [self._chunk([self._delta(index, {}, piece, end)])]
-        chunks = [self._chunk([self._delta(index, delta, piece)])]
-        if end is not None:
-            chunks.append(self._chunk([self._delta(index, {}, Piece(), end)]))
-        return chunks
+        """A piece's chunks: text, each part of a call by itself, then the end, which has an empty delta."""
+        deltas: list[dict[str, Any]] = [{"content": piece.text}] if piece.text else []
+        deltas += [{"tool_calls": [_call_delta(call)]} for call in piece.calls]
+        if piece.finish_reason is not None:
+            deltas.append({})
+        ends = [None] * (len(deltas) - 1) + [piece.finish_reason]
+        rest = [piece] + [Piece()] * (len(deltas) - 1)  # ids and log probabilities go with the first
+        return [
+            self._chunk([self._delta(index, delta, part, end)])
+            for delta, part, end in zip(deltas, rest, ends, strict=True)
+        ]
 
     def _choice(self, whole: Whole) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
         if whole.calls:
-            message["content"] = whole.text.strip() or None
+            message["content"] = whole.text or None
             message["tool_calls"] = [_call(call) for call in whole.calls]
         choice = {
             "index": whole.index,

@@ -43,7 +43,7 @@ class CalledFunction(msgspec.Struct):
 
 class CallOfAssistant(msgspec.Struct):
     function: CalledFunction
-    id: str = ""
+    id: str | None = None  # some clients lose it
     type: str = "function"
 
 
@@ -173,11 +173,6 @@ def _turn(message: ChatMessage, param: str) -> Message:
         raise ApiError(
             400, "Only an assistant calls tools.", param=f"{param}.tool_calls", code="invalid_value"
         )
-    if role == "tool" and message.tool_call_id is None:
-        raise ApiError(
-            400, "A tool's message needs the tool_call_id that it answers.", param=f"{param}.tool_call_id",
-            code="invalid_value",
-        )  # fmt: skip
     calls = tuple(_call(call) for call in message.tool_calls or ())
     text = text_of(message.content, f"{param}.content")
     return Message(role, text, calls, message.tool_call_id if role == "tool" else None)
@@ -187,7 +182,7 @@ def _call(call: CallOfAssistant) -> ToolCall:
     arguments = call.function.arguments
     if not isinstance(arguments, str):
         arguments = msgspec.json.encode(arguments).decode()
-    return ToolCall(call.id, call.function.name, arguments)
+    return ToolCall(call.id or "", call.function.name, arguments)
 
 
 def _tool(spec: ToolSpec, param: str) -> Tool:

@@ -67,8 +67,8 @@ _SAMPLING: Final = {
     "temperature": "0 to 2; 1 by default; 0 is greedy",
     "top_p": "above 0, to 1",
     "stream": "server-sent events",
-}
-_EXTENSIONS: Final = {
+    "model": "the served name; without one, the served model",
+    "ignore_eos": "extension; goes on after the model's own end",
     "top_k": "extension; -1 and 0 are off",
     "min_p": "extension; 0 to 1, a share of the likeliest token's probability",
     "repetition_penalty": "extension; above 0, over prompt and answer, as Hugging Face has it",
@@ -76,14 +76,12 @@ _EXTENSIONS: Final = {
     "stop": "a string or up to 16; found across token borders, never sent",
     "presence_penalty": "-2 to 2, over the answer",
     "frequency_penalty": "-2 to 2, over the answer",
+    "logit_bias": "token id to -100..100",
 }
 _BOTH: Final = {
-    "model": "the served name; without one, the served model",
     "n": "1 to 128; choice 0 is what the seed alone gives",
-    "logit_bias": "token id to -100..100",
     "stream_options.include_usage": "a last chunk with usage",
     "response_format": "text, json_object, json_schema; the schema is enforced as tokens are chosen",
-    "ignore_eos": "extension; goes on after the model's own end",
     "return_token_ids": "extension; the ids of what was decoded",
 }
 _NO_EFFECT: Final = {
@@ -97,7 +95,8 @@ _NO_EFFECT: Final = {
 }
 
 FIELDS: Final[tuple[Field, ...]] = (
-    *_rows((CHAT, COMPLETIONS), "honoured", _SAMPLING | _EXTENSIONS | _BOTH),
+    *_rows((CHAT, COMPLETIONS, RESPONSES), "honoured", _SAMPLING),
+    *_rows((CHAT, COMPLETIONS), "honoured", _BOTH),
     *_rows(
         (CHAT,),
         "honoured",
@@ -126,9 +125,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_rows(
         (RESPONSES,),
         "honoured",
-        _SAMPLING
-        | {
-            "model": "the served name; without one, the served model",
+        {
             "input": "a string, or items: messages, function calls and their outputs",
             "instructions": "a system message before the input",
             "max_output_tokens": "by default what the context leaves",

@@ -30,8 +30,8 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Common(msgspec.Struct, kw_only=True):
-    """Fields of the chat and completions endpoints. Fields that are not named are ignored."""
+class Sampling(msgspec.Struct, kw_only=True):
+    """Fields of every endpoint that generates. Fields that are not named are ignored."""
 
     model: str | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -44,16 +44,8 @@ class Common(msgspec.Struct, kw_only=True):
     logit_bias: dict[int, Bias] | None = None
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
-    n: Choices | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
     ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
-
-    def include_usage(self) -> bool:
-        """Whether the stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(
         self, max_tokens: int | None, vocab: int, logprobs: int | None, prompt_logprobs: int | None = None
@@ -82,6 +74,19 @@ class Common(msgspec.Struct, kw_only=True):
             prompt_logprobs=prompt_logprobs,
             ignore_eos=bool(self.ignore_eos),
         )
+
+
+class Common(Sampling, kw_only=True):
+    """Fields of the chat and completions endpoints."""
+
+    n: Choices | None = None
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    return_token_ids: bool | None = None
+
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class FunctionSpec(msgspec.Struct):
