@@ -26,7 +26,7 @@ async def model(request: Request) -> Response:
 async def embeddings(request: Request) -> Response:
     """POST /v1/embeddings: refused, for a language model's states are no embeddings."""
     raise ApiError(
-        501,
+        400,  # no 5xx: the official clients try those again
         "This server has no embedding model; /v1/chat/completions and /v1/completions are served.",
         code="not_implemented",
     )

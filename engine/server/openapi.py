@@ -75,7 +75,7 @@ OPERATIONS: Final = (
     Operation("/v1/models/{id}", "One model", answers.Model, errors=(404,)),
     post("/v1/chat/completions", "Answer a conversation", chat_schema.ChatRequest, answers.ChatCompletion),
     post("/v1/completions", "Continue a text", completions.CompletionRequest, answers.Completion),
-    Operation("/v1/embeddings", "Refused: there is no embedding model", None, "post", errors=(501,)),
+    Operation("/v1/embeddings", "Refused: there is no embedding model", None, "post", errors=(400,)),
     post("/v1/messages", "Answer a conversation", anthropic_schema.MessagesRequest, answers.AnthropicMessage),
     Operation(
         "/v1/messages/count_tokens",
@@ -155,7 +155,7 @@ def _responses(operation: Operation, refs: Refs) -> dict[str, Any]:
     if operation.streams:
         content[STREAM] = {"schema": EVENT}
     found = {"200": {"description": "The answer", "content": content}}
-    if 501 in operation.errors:
+    if operation.method == "post" and operation.answer is None:
         found.clear()
     return found | {str(status): _error(operation.path, status, refs) for status in _statuses(operation)}
 

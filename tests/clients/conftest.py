@@ -1,4 +1,4 @@
-"""A live server for real clients: `halo serve` as a process, on a real socket, with the bundled demo model."""
+"""A live server for real clients: `halo serve` as a process, on a real socket, with the demo model."""
 
 from __future__ import annotations
 

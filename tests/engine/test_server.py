@@ -268,7 +268,7 @@ def test_malformed_json_is_a_400(hashed, body):
         ("DELETE", "/v1/models", 405),
         ("GET", "/nothing", 404),
         ("GET", "/", 404),
-        ("POST", "/v1/embeddings", 501),
+        ("POST", "/v1/embeddings", 400),
         ("GET", "/v1/models/", 404),
     ],
 )
