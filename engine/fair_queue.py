@@ -21,8 +21,8 @@ class FairQueue:
         return bool(self._lines)
 
     def waiting(self) -> int:
-        """Requests that no choice of which has had a slot yet."""
-        return sum(not request.admitted for request in self)
+        """Requests no choice of which has had a slot yet, and that are still wanted."""
+        return sum(not (request.admitted or request.cancelled()) for request in self)
 
     def put(self, request: Request) -> None:
         """At the end of its client's line."""

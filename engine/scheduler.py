@@ -66,7 +66,6 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request; raises QueueFull."""
         with self.change:
-            self._queue.drop(Request.cancelled)
             if self._queue.waiting() >= self.queue_limit + self.slots.free():
                 self.observer.refused()
                 raise QueueFull
@@ -86,7 +85,7 @@ class Scheduler:
         """How full it is; from another thread, as of a moment ago."""
         slots = self.slots
         with self.change:
-            waiting = sum(not (request.admitted or request.cancelled()) for request in self._queue)
+            waiting = self._queue.waiting()
         total = slots.count * slots.context
         return Gauges(slots.count - slots.free(), waiting, slots.count, slots.used_tokens(), total)
 
@@ -184,7 +183,7 @@ class Scheduler:
 
     def _plan(self) -> list[Part]:
         for running in list(self._running):
-            if running.begun or running.waits():
+            if running.ended or running.begun or running.waits():
                 continue
             try:
                 self._begin(running)
@@ -196,9 +195,12 @@ class Scheduler:
                 self._fail(running, error)
         if len(self._running) == 1:
             self._draft(self._running[0])
-        return [part for part in plan(self._running) if self._prepared(part)]
+        parts = [part for part in plan(self._running) if self._prepared(part)]
+        return [part for part in parts if not part.running.ended]
 
     def _prepared(self, part: Part) -> bool:
+        if part.running.ended:
+            return False
         if part.gives_token and part.running.sampler.constraint is not None:
             try:
                 part.running.sampler.prepare()
@@ -229,7 +231,8 @@ class Scheduler:
                 self._fail(parts[0].running, error)
             else:  # whose fault it was shows when each runs alone; the native call has rewound them all
                 for part in parts:
-                    self._run([part])
+                    if not part.running.ended:
+                        self._run([part])
             return
         if len(parts) == 1 and parts[0].decodes:
             seconds = perf_counter() - began
@@ -237,7 +240,9 @@ class Scheduler:
         row = 0
         for part in parts:
             try:
-                if part.decodes:
+                if part.running.ended:
+                    pass  # another choice of its request has failed just now
+                elif part.decodes:
                     self._decoded(part, choices, row)
                 else:
                     self._prefilled(part, choices, row)
@@ -310,9 +315,10 @@ class Scheduler:
             self._finish(request, "length" if request.cut else "stop", None)
 
     def _fail(self, running: Running, error: Exception) -> None:
-        """This sequence cannot go on; with it ends its request, whose other choices are swept up."""
+        """This sequence cannot go on, and with it ends its request."""
         self.slots.cut(running.slot, 0)
-        self._release(running)
+        for one in [one for one in self._running if one.request is running.request]:
+            self._release(one)
         self._finish(running.request, "error", error)
 
     def _release(self, running: Running) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORTH: Final = 16  # tokens below which nothing is copied: they cost no more to compute
+TAIL: Final = 4  # tokens that nobody misses: the end of an answer may be cut into others next time
+RECENT: Final = 4  # a token that was used of late is worth so many of those used longest ago
 
 
 class Slots:
@@ -39,9 +41,11 @@ class Slots:
         free = [slot for slot in range(self.count) if not self._busy[slot]]
         best = max(free, key=lambda slot: common[slot])
         oldest = min(free, key=lambda slot: (self.lengths[slot] > 0, self._used[slot]))
-        # That with the longest prefix, where little else of it is lost; else its text stays for later.
-        lost = self.lengths[best] - common[best]
-        return best if common[best] >= max(common) and 2 * lost <= common[best] else oldest
+        # That with the longest prefix, where little of it is lost, or much less than of the oldest; else what
+        # it holds stays for later, and its prefix is copied.
+        lost, other = (self.lengths[slot] - common[slot] for slot in (best, oldest))
+        small = lost <= TAIL or RECENT * lost <= other
+        return best if common[best] == max(common) and small else oldest
 
     def source(self, slot: int, prompt: NDArray[np.int32]) -> tuple[int, int]:
         """(slot to copy from, tokens), where another holds more of the prompt; else (slot, its own)."""

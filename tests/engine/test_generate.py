@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import HaloError
 from engine.batch import BUDGET
+from engine.errors import HaloError
 from engine.generate import ContextOverflow
 from engine.sampling import SamplingParams, make_noise, sample
 from tests.engine.server_fixtures import (
