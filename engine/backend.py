@@ -163,6 +163,39 @@ class Drawn(NamedTuple):
     logits: NDArray[np.float32] | None = None
 
 
+class _Entries:
+    """Where the library reads the entries of a run, and writes ids; taken once for many runs."""
+
+    def __init__(self, room: int) -> None:
+        import numpy as np
+
+        self.room = room
+        self._rows, self._want = np.zeros((4, room), np.int32), np.zeros(room, np.bool_)
+        self.inputs = (*(row.ctypes.data for row in self._rows[:3]), self._want.ctypes.data)
+        self.ids = self._rows[3].ctypes.data
+        self.count = self.wanted = 0
+
+    def put(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
+    ) -> None:
+        """Take the entries of a run; HaloError for numbers that cannot be theirs."""
+        n = self.count = len(tokens)
+        rows = self._rows
+        try:
+            rows[0, :n], rows[1, :n], rows[2, :n] = tokens, slots, positions
+        except OverflowError as error:
+            raise HaloError(
+                "A token, slot or position is out of range.", hint="all are small numbers"
+            ) from error
+        self._want[:n] = want
+        self.wanted = int(self._want[:n].sum())
+
+    def read_ids(self) -> list[int]:
+        """The ids that the library has written, one a wanted entry."""
+        ids: list[int] = self._rows[3, : self.wanted].tolist()
+        return ids
+
+
 class Session(_Closing):
     """KV slots and the forward pass over them. One thread at a time; made by `NativeModel.session`."""
 
@@ -171,6 +204,7 @@ class Session(_Closing):
     ) -> None:
         self._library, self._handle = library, handle
         self.config, self.slots, self.context = config, slots, context
+        self._spare: list[_Entries] = []  # no run uses them now
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -188,19 +222,21 @@ class Session(_Closing):
         """
         import numpy as np
 
-        logits = np.empty((sum(map(bool, want)), self.config.vocab_size), dtype=np.float32)
-        self._run(tokens, slots, positions, want, 0, logits)
+        entries = self._entries(tokens, slots, positions, want)
+        logits = np.empty((entries.wanted, self.config.vocab_size), dtype=np.float32)
+        self._run(entries, 0, logits.ctypes.data, logits.size, None, 0)
+        self._spare.append(entries)
         return logits
 
     def run_argmax(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
     ) -> list[int]:
         """As `run`, but only the arg max of each wanted entry (the lowest id on a tie)."""
-        import numpy as np
-
-        ids = np.empty(sum(map(bool, want)), dtype=np.int32)
-        self._run(tokens, slots, positions, want, RUN_ARGMAX, ids)
-        return [int(index) for index in ids]
+        entries = self._entries(tokens, slots, positions, want)
+        self._run(entries, RUN_ARGMAX, None, 0, entries.ids, entries.room)
+        ids = entries.read_ids()
+        self._spare.append(entries)
+        return ids
 
     def run_draw(
         self,
@@ -219,8 +255,8 @@ class Session(_Closing):
         """
         import numpy as np
 
-        wanted = sum(map(bool, want))
-        inputs = self._inputs(tokens, slots, positions, want)
+        entries = self._entries(tokens, slots, positions, want)
+        wanted = entries.wanted
         rows = np.ascontiguousarray(noise, dtype=np.float32)
         if rows.shape != (wanted, self.config.vocab_size):
             raise HaloError(
@@ -232,11 +268,11 @@ class Session(_Closing):
         check(
             self._library,
             self._library.halo_session_draw(
-                self._open(), len(tokens), *(array.ctypes.data for array in (*inputs, rows)), depth, room,
-                wanted,
+                self._open(), entries.count, *entries.inputs, rows.ctypes.data, depth, room, wanted,
                 *(array.ctypes.data for array in (winners, found, ids, logits)),
             ),
         )  # fmt: skip
+        self._spare.append(entries)
         counts = zip(winners.tolist(), found.tolist(), strict=True)
         return [
             Drawn(token, *((ids[k, :n], logits[k, :n]) if n >= 0 else ()))
@@ -265,44 +301,27 @@ class Session(_Closing):
         last: NDArray[np.float32] = self.run(tokens, [slot] * count, range(start, start + count), want)[0]
         return last
 
-    def _run(
-        self,
-        tokens: Sequence[int],
-        slots: Sequence[int],
-        positions: Sequence[int],
-        want: Sequence[bool],
-        flags: int,
-        out: NDArray[Any],
-    ) -> None:
-        inputs = self._inputs(tokens, slots, positions, want)
-        empty = (None, 0)
-        result = (out.ctypes.data, out.size)
-        logits, ids = (empty, result) if flags & RUN_ARGMAX else (result, empty)
-        pointers = [array.ctypes.data for array in inputs]
-        check(
-            self._library,
-            self._library.halo_session_run(self._open(), len(tokens), *pointers, flags, *logits, *ids),
-        )
+    def _run(self, entries: _Entries, flags: int, *results: int | None) -> None:
+        status = self._library.halo_session_run(self._open(), entries.count, *entries.inputs, flags, *results)
+        check(self._library, status)
 
-    @staticmethod
-    def _inputs(
-        tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
-    ) -> list[NDArray[Any]]:
-        import numpy as np
-
-        if not len(slots) == len(positions) == len(want) == len(tokens):
+    def _entries(
+        self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], want: Sequence[bool]
+    ) -> _Entries:
+        """The entries of a run, in memory that no other run uses: a second thread's is refused, no more."""
+        n = len(tokens)
+        if not len(slots) == len(positions) == len(want) == n:
             raise HaloError(
                 "tokens, slots, positions and want have different lengths.", hint="one of each an entry"
             )
         try:
-            inputs: list[NDArray[Any]] = [
-                np.array(values, dtype=np.int32) for values in (tokens, slots, positions)
-            ]
-        except OverflowError as error:
-            raise HaloError(
-                "A token, slot or position is out of range.", hint="all are small numbers"
-            ) from error
-        return [*inputs, np.array(want, dtype=bool).astype(np.uint8)]
+            entries = self._spare.pop()
+        except IndexError:
+            entries = _Entries(max(n, 128))
+        if entries.room < n:
+            entries = _Entries(n)
+        entries.put(tokens, slots, positions, want)
+        return entries
 
     def _open(self) -> ctypes.c_void_p:
         if not self._handle:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from engine.choosing import AGAIN, Choices, Chooser, Sampler, TokenSession
 from engine.running import Running
 
@@ -59,35 +57,40 @@ def prompt_part(one: Running, count: int) -> Part:
 
 
 class Batch:
-    """The arrays of a step, kept from one to the next."""
+    """Lays the parts of a step out for one native call."""
 
-    def __init__(self, session: TokenSession, vocab: int, slots: int) -> None:
+    def __init__(self, session: TokenSession, vocab: int) -> None:
         self._chooser = Chooser(session, vocab)
-        room = 2 * BUDGET + slots
-        self._tokens, self._slots, self._positions = (np.zeros(room, np.int32) for _ in range(3))
-        self._want = np.zeros(room, np.bool_)
-        self._count = np.arange(room, dtype=np.int32)
-        self.native_s = 0.0  # of the last run
+
+    @property
+    def native_s(self) -> float:
+        """Seconds in the native call of the last run."""
+        return self._chooser.native_s
 
     def run(self, parts: Sequence[Part]) -> Choices:
         """Run the parts together; rows of the choices are the wanted entries, in order."""
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        want: list[bool] = []
         rows: list[tuple[Sampler, int]] = []
-        n = 0
-        for part in parts:
-            one, end = part.running, n + part.size
-            stop = part.start + part.size
-            self._tokens[n:end] = one.next if part.decodes else one.prompt[part.start : stop]
-            self._slots[n:end] = one.slot
-            self._positions[n:end] = self._count[: part.size]
-            self._positions[n:end] += part.start
-            self._want[n:end] = False
-            last = min(stop, len(one.prompt) - 1) if one.prompt_only else stop
-            first = n + last - part.wanted - part.start
-            self._want[first : first + part.wanted] = True
-            rows.extend((one.sampler, position) for position in range(last - part.wanted + 1, last + 1))
-            n = end
-        scored = any(part.running.scores_prompt and not part.decodes for part in parts)
-        entries = (self._tokens[:n], self._slots[:n], self._positions[:n], self._want[:n])
-        choices = self._chooser.run(entries, rows, all_logits=scored)
-        self.native_s = self._chooser.native_s
-        return choices
+        scored = False
+        for one, start, size, wanted, decodes, _ in parts:
+            end = start + size
+            if decodes and size == 1:  # most parts of most steps
+                tokens.append(one.next[0])
+                slots.append(one.slot)
+                positions.append(start)
+                want.append(True)
+                rows.append((one.sampler, end))
+                continue
+            tokens += one.next if decodes else one.prompt[start:end].tolist()
+            slots += [one.slot] * size
+            positions += range(start, end)
+            # The last entry of a prompt that is only scored has no row: what follows it is not asked for.
+            last = end - (one.prompt_only and end == len(one.prompt))
+            want += [position >= last - wanted for position in range(start, last)]
+            want += [False] * (end - last)
+            rows += [(one.sampler, position + 1) for position in range(last - wanted, last)]
+            scored |= one.scores_prompt and not decodes
+        return self._chooser.run((tokens, slots, positions, want), rows, all_logits=scored)

@@ -59,7 +59,7 @@ class Scheduler:
         self._context, self._speculation = context, speculation
         self._queue = FairQueue()
         self._running: list[Running] = []
-        self._batch = Batch(session, tokenizer.size, slots)
+        self._batch = Batch(session, tokenizer.size)
         self._events: list[Delivery] = []
         self._learned = {greedy: Experience(speculation) for greedy in (True, False)}
 
