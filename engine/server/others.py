@@ -41,6 +41,7 @@ ROUTES: Final = (
         for path, name, method in _LEMONADE
     ),
     ("/openapi.json", later("engine.server.openapi", "openapi"), "GET"),
+    ("/tokenizer_info", later("engine.server.tokenizer_info", "tokenizer_info"), "GET"),
     ("/ppl", later("engine.server.predecessor", "ppl"), "POST"),
     ("/v1/npu/status", later("engine.server.predecessor", "npu_status"), "GET"),
 )
