@@ -51,6 +51,22 @@ def configure_serve(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="model directory")
     parser.add_argument("--api-keys", type=Path, metavar="FILE", help="one sha256 of an API key a line")
+    parser.add_argument(
+        "--new-key", type=Path, metavar="FILE", help="make an API key, add its sha256 to FILE, print it, end"
+    )
+    parser.add_argument(
+        "--slots",
+        type=_integer(1, 256),
+        metavar="N",
+        help="requests that run at once (default: up to 8, as the memory has room for)",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin use the API, as http://localhost:3000; may be given again",
+    )
     parser.add_argument("--threads", type=_integer(1, 1024), metavar="N", help="compute threads")
     _speculation_argument(parser)
 
@@ -91,23 +107,41 @@ def run_chat(args: Namespace) -> int:
 
 def run_serve(args: Namespace, npu: NpuProbe | None = None) -> int:
     """Serve until told to end; `npu` is what the checks know of the NPU, which this room may not ask."""
-    from engine.server.serve import ServeOptions, serve
+    from engine.server.browsers import parse_origin
+    from engine.server.early import EarlyModel
     from engine.server.sockets import parse_listen
 
+    if args.new_key is not None:
+        return _new_key(args.new_key)
     if args.listen and (args.host is not None or args.port is not None):
         raise HaloError("--listen already has address and port.", hint="drop --host and --port.")
     host, port = parse_listen(args.listen or DEFAULT_LISTEN)
+    origins = tuple(parse_origin(text) for text in args.cors_origin)
+    early = EarlyModel(args.model)  # it reads while what serves is imported
+
+    from engine.server.serve import ServeOptions, serve
+
     return serve(
         ServeOptions(
             host=host if args.host is None else args.host,
             port=port if args.port is None else args.port,
-            model=args.model,
+            early=early,
             api_keys=args.api_keys,
             threads=args.threads,
             speculation=_speculation(args),
             npu=npu,
+            cors_origins=origins,
+            slots=args.slots,
         )
     )
+
+
+def _new_key(path: Path) -> int:
+    from engine.server.keys import new_key
+
+    _write(f"{new_key(path)}\n")
+    _note(f"Its sha256 is in {path}; the key itself is kept nowhere, so note it now.")
+    return EXIT_WELL
 
 
 def _sampling_arguments(parser: ArgumentParser, max_tokens: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.chat import stop_ids
 from engine.choosing import TokenSession as TokenSession
@@ -19,6 +19,9 @@ from engine.sequence import Step as Step
 from engine.sequence import TokenLogprob as TokenLogprob
 from engine.speculate import OFF, Speculation, Tally, default_speculation
 from engine.tokenizer import TextTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from engine.backend import NativeModel
 
 
 class ContextOverflow(HaloError):
@@ -72,11 +75,13 @@ class Engine:
         threads: int | None = None,
         speculation: Speculation | None = None,
         slots: int | None = 1,
+        model: NativeModel | None = None,
     ) -> Engine:
         """Open a model directory (model.halo, tokenizer.htok, model.json) on the native backend.
 
         `speculation` defaults to what HALO_SPECULATE says; it changes the speed and never a token. `slots`:
         sequences that can run at once; None for as many as the memory has room for (engine/capacity.py).
+        `model`: its model.halo where that is open already; the engine closes it.
         """
         from engine.backend import NativeModel
         from engine.capacity import default_slots
@@ -86,7 +91,7 @@ class Engine:
         check_open(model_dir)
         card = read_card(model_dir)
         tokenizer = load_tokenizer(model_dir)
-        model = NativeModel.open(model_dir / "model.halo", library)
+        model = model or NativeModel.open(model_dir / "model.halo", library)
         try:
             if model.config.vocab_size != tokenizer.size:
                 raise HaloError(
