@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from engine.batch import Batch, Part, plan
 from engine.choosing import Choices, TokenSession
 from engine.device import DeviceLost
+from engine.errors import HaloError
 from engine.fair_queue import FairQueue
 from engine.observer import Gauges as Gauges
 from engine.observer import Observer as Observer
@@ -58,14 +59,17 @@ class Scheduler:
         self._session, self._tokenizer, self._stop_ids = session, tokenizer, stop_ids
         self._context, self._speculation = context, speculation
         self._queue = FairQueue()
+        self._closed: Exception | None = None
         self._running: list[Running] = []
         self._batch = Batch(session, tokenizer.size)
         self._events: list[Delivery] = []
         self._learned = {greedy: Experience(speculation) for greedy in (True, False)}
 
     def submit(self, request: Request) -> None:
-        """Queue a request; raises QueueFull."""
+        """Queue a request; raises QueueFull, or why nothing more is run."""
         with self.change:
+            if self._closed is not None:
+                raise self._closed
             if self._queue.waiting() >= self.queue_limit + self.slots.free():
                 self.observer.refused()
                 raise QueueFull
@@ -105,8 +109,9 @@ class Scheduler:
         return bool(parts)
 
     def end_all(self, error: Exception | None) -> None:
-        """Nothing more is run: all that runs or waits ends, with an error or as cancelled."""
+        """Nothing more is run, now or later: what runs or waits ends, with an error or as cancelled."""
         with self.change:
+            self._closed = error or HaloError("The engine has stopped.", hint="start halo again")
             requests = self._queue.drop(lambda _: True)
         for request in [*requests, *(running.request for running in self._running)]:
             self._finish(request, "error" if error else "cancelled", error)

@@ -119,12 +119,10 @@ class Runner:
         return 0.0 if began is None else monotonic() - began
 
     def submit(self, works: Sequence[Work], *, client: str = "", deadline: float | None = None) -> Job:
-        """Queue a request; raises QueueFull, or DeviceLost. Call on the event loop's thread.
+        """Queue a request; raises QueueFull, or why the engine's thread has ended. Call on the loop's thread.
 
         client: who asks, for fairness. deadline: the time.monotonic() at which it ends with DeadlinePassed.
         """
-        if self.lost is not None:
-            raise self.lost
         job = Job(works, self, client, deadline)
         self.scheduler.submit(job)
         return job
@@ -158,12 +156,15 @@ class Runner:
 
 def _deliver(events: list[Delivery]) -> None:
     """Hand a step's events over from the engine's thread, all at once."""
-    loop = next((request.loop for request, _ in events if isinstance(request, Job)), None)
-    try:
+    loops: dict[asyncio.AbstractEventLoop | None, list[Delivery]] = {}
+    for delivery in events:
+        loops.setdefault(getattr(delivery[0], "loop", None), []).append(delivery)
+    for loop, its in loops.items():
         if loop is None:
-            put_each(events)
-        else:
-            loop.call_soon_threadsafe(put_each, events)
-    except RuntimeError:  # the loop has ended: nobody is left to read
-        for request, _ in events:
-            request.cancel()
+            put_each(its)
+            continue
+        try:
+            loop.call_soon_threadsafe(put_each, its)
+        except RuntimeError:  # the loop has ended: nobody is left to read
+            for request, _ in its:
+                Request.cancel(request)
