@@ -20,6 +20,12 @@ StopSequence = Annotated[str, Meta(min_length=1, max_length=1000)]
 Schema = dict[str, Any]
 
 MAX_STOPS: Final = 64
+REFUSED: Final = {
+    "mcp_servers": "This server connects to no MCP server",
+    "container": "This server runs no code",
+    "thread": "This server keeps no conversation: send all of it",
+    "compaction": "This server summarizes no conversation",
+}
 BILLING: Final = "x-anthropic-billing-header:"
 
 
@@ -139,15 +145,15 @@ class CountRequest(msgspec.Struct, kw_only=True):
     tool_choice: ChoiceAuto | ChoiceAny | ChoiceNone | ChoiceTool | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
-    mcp_servers: list[Any] | None = None
-    container: str | dict[str, Any] | None = None
+    mcp_servers: Any = None
+    container: Any = None
+    thread: Any = None
 
     def refuse_unsupported(self) -> None:
         """Raise ApiError on what would change the answer and cannot be honoured here."""
-        if self.mcp_servers:
-            raise _unsupported("mcp_servers", "This server connects to no MCP server")
-        if self.container is not None:
-            raise _unsupported("container", "This server runs no code")
+        for name, why in REFUSED.items():
+            if getattr(self, name, None) not in (None, []):
+                raise _unsupported(name, why)
         for i, tool in enumerate(self.tools or []):
             if tool.type not in (None, "custom"):
                 raise _unsupported(
@@ -176,6 +182,7 @@ class MessagesRequest(CountRequest, kw_only=True):
     top_k: Annotated[int, Meta(ge=0)] | None = None
     stop_sequences: Annotated[list[StopSequence], Meta(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
+    compaction: Any = None
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters; Anthropic's default temperature is 1, and top_p 0 is greedy."""
