@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from engine.atomic import replacing
 from engine.errors import HaloError
 
 DESCRIPTION: Final = "model.json"
@@ -46,6 +45,8 @@ def sha256_of(path: Path) -> str:
 
 def seal(directory: Path) -> None:
     """Write SHA256SUMS of what lies in `directory` now: the files a run reads, and those model.json lists."""
+    from engine.atomic import replacing  # here, for a start seals nothing and waits for no import in vain
+
     listed = _listed(directory)
     names = sorted(name for name in {*RUN_FILES, *listed} if (directory / name).is_file())
     lines = [f"{sha256_of(directory / name)}  {name}\n" for name in names]

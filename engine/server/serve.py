@@ -20,17 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import uvicorn
-
 from engine.errors import EXIT_ERROR, HaloError
 from engine.server.access import LineWriter
-from engine.server.connection import HEADER_BYTES, KEEP_ALIVE_SECONDS, Connection
 from engine.server.front import Front, guarded, service_health
 from engine.server.keys import read_keys
+from engine.server.lean import without_command_line
 from engine.server.load import Load
 from engine.server.metrics import Metrics
 from engine.server.sockets import activated_sockets, bind, describe, notify, refuse_open_address
 from engine.server.watchdog import Moving, Watchdog, watchdog_seconds
+
+with without_command_line():
+    from uvicorn.config import Config
+    from uvicorn.server import Server
+
+    from engine.server.connection import HEADER_BYTES, KEEP_ALIVE_SECONDS, Connection
 
 if TYPE_CHECKING:
     from engine.router import NpuProbe
@@ -132,7 +136,7 @@ def _exit_code(server: HaloServer, lost: HaloError | None) -> int:
     return 130 if server.ended_by == signal.SIGINT else 0
 
 
-class HaloServer(uvicorn.Server):
+class HaloServer(Server):
     """uvicorn's server that tells systemd what it does, and ends on SIGTERM as a service should: with 0.
 
     `announcement` is what is said when it is ready; None: `announce` is called later. The loop asks `useless`
@@ -147,7 +151,7 @@ class HaloServer(uvicorn.Server):
         runner: Callable[[], Moving | None] = lambda: None,
     ) -> None:
         super().__init__(
-            uvicorn.Config(
+            Config(
                 app,
                 http=Connection,
                 ws="none",
