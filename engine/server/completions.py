@@ -101,11 +101,11 @@ async def _works(
     return [
         Work(
             ids,
-            # Once is enough: the other choices of a prompt have the same.
-            params if i == 0 else replace(params, prompt_logprobs=None),
+            # Once is enough, for the other choices of a prompt have the same; a stream begins with any.
+            params if i == 0 or body.stream else replace(params, prompt_logprobs=None),
             index=number * each + i,
             seed_index=i,
-            constraint=None if constraint is None else constraint.fork(),
+            constraint=constraint,
         )
         for number, ids in enumerate(encoded)
         for i in range(each)

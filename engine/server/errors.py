@@ -105,7 +105,7 @@ def decode_body(body: bytes, kind: type[T]) -> T:
 
 
 def _validation(text: str) -> ApiError:
-    place = re.search(r" - at `\$\.?([^`]*)`", text)
+    place = re.search(r" - at (?:`key` in )?`\$\.?([^`]*)`", text)
     missing = re.search(r"missing required field `([^`]*)`", text)
     param = ".".join(found.group(1) for found in (place, missing) if found and found.group(1))
     return ApiError(400, f"{text}.", param=param or None, code="invalid_type")

@@ -131,7 +131,7 @@ def answer_schema(format: dict[str, Any] | None, param: str) -> dict[str, Any] |
     """The schema that an answer obeys, of response_format (or text.format); None where any text will do."""
     if format is None:
         return None
-    kind = format.get("type", "text")
+    kind = format.get("type")
     if kind == "text":
         return None
     inner = format.get("json_schema", format)  # the Responses API has it flat

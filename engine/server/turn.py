@@ -67,7 +67,7 @@ async def prepare(service: Service, ask: Ask, names: Names = Names()) -> Prepare
             index=i,
             seed_index=i,
             strip_leading=strip,
-            constraint=None if constraint is None else constraint.fork(),
+            constraint=constraint,
         )
         for i in range(ask.n)
     ]
