@@ -8,7 +8,7 @@ takes `tools` says which; halo's own templates use the tags. engine/tool_parser.
 from __future__ import annotations
 
 import json
-import uuid
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -104,7 +104,7 @@ def form_of(template: str | None) -> CallForm:
 
 def new_call_id() -> str:
     """An id for a call, as OpenAI's look."""
-    return "call_" + uuid.uuid4().hex[:24]
+    return "call_" + secrets.token_hex(12)
 
 
 def describe(tools: Sequence[Tool]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from starlette.requests import Request
@@ -19,13 +19,15 @@ from starlette.types import Receive, Scope, Send
 from engine.chat import Message, render, stop_ids
 from engine.errors import HaloError
 from engine.generate import ContextOverflow, Engine
-from engine.grammar import Grammars
 from engine.locate import Home
 from engine.router import NpuProbe
 from engine.server.errors import ApiError, as_api_error, error_body
 from engine.server.request_stats import StatsObserver
 from engine.server.runner import Job, QueueFull, Runner, Work
 from engine.tools import Tool
+
+if TYPE_CHECKING:
+    from engine.grammar import Grammars
 
 BODY_LIMIT: Final = 2 * 1024 * 1024  # bytes; the longest context of any model is far below
 RETRY_AFTER_SECONDS: Final = 2
@@ -56,6 +58,8 @@ class Service:
     @cached_property
     def grammars(self) -> Grammars:
         """What makes constraints; nothing is loaded before one is compiled."""
+        from engine.grammar import Grammars
+
         return Grammars(self.engine.tokenizer, stop_ids(self.engine.tokenizer))
 
 
@@ -73,7 +77,7 @@ def client_of(request: Request) -> str:
 
 def new_id(prefix: str) -> str:
     """An id that no other answer has."""
-    return prefix + uuid.uuid4().hex
+    return prefix + secrets.token_hex(16)
 
 
 async def read_body(request: Request, limit: int = BODY_LIMIT) -> bytes:
