@@ -43,6 +43,8 @@ def configure_bench(parser: ArgumentParser) -> None:
     add("--rounds", type=_count, default=5, metavar="N", help="interleaved rounds (5)")
     add("--timeout", type=_count, default=900, metavar="SECONDS", help="of each measurement (900)")
     add("--bandwidth", type=_rate, metavar="GB/S", help="of the memory, instead of a measured or known one")
+    add("--serve", action="store_true", help="measure halo serve; peers are llama-servers then")
+    add("--together", type=_count, default=8, metavar="N", help="of --serve: streams at once (8)")
     add("--prefix", default="", metavar="COMMAND", help='before each measurement, as "taskset -c 0,1"')
     for flag, value, what in (
         ("--peer", "NAME=EXECUTABLE", "compare with this llama-bench; may be given several times"),
@@ -59,6 +61,8 @@ def configure_bench(parser: ArgumentParser) -> None:
 
 def run_bench(args: Namespace) -> int:
     """Measure and print; exit code 2 when a peer failed or the machine was busy."""
+    if args.serve:
+        return _run_serve(args)
     from engine.bench import fitted, measure, report
     from engine.bench_report import issue_text
     from engine.formats.prepared import read_directory
@@ -83,6 +87,32 @@ def run_bench(args: Namespace) -> int:
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     return EXIT_DEGRADED if result["warnings"] else EXIT_WELL
+
+
+def _run_serve(args: Namespace) -> int:
+    """The server's figures instead of the engine's."""
+    from engine import bench_serve
+    from engine.locate import locate, read_card
+
+    peers, say = _peers(args), _Progress()
+    try:
+        if args.synthetic:
+            from engine.bench_serve_model import served_model
+
+            folder = served_model(args.synthetic, say)
+        else:
+            folder = locate(args.model).model_dir
+        name = read_card(folder).name
+        threads = (args.threads or (len(os.sched_getaffinity(0)),))[0]
+        settings = bench_serve.ServeSettings(
+            folder, args.prompt, args.tokens, args.together, threads, args.rounds, peers
+        )
+        result = bench_serve.measure_serve(settings, say)
+    finally:
+        say.clear()
+    text = [bench_serve.as_json(result, name)] if args.json else bench_serve.lines(result, name)
+    print("\n".join(f"- {line}" if args.markdown else line for line in text))
+    return EXIT_WELL
 
 
 def _model(args: Namespace, say: Callable[[str], None]) -> tuple[Path, str]:
