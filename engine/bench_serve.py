@@ -147,9 +147,9 @@ def _round(settings: ServeSettings, server: Server, rates: Rates, index: int) ->
     rates.one.append((done.tokens - 1) / (done.whole - done.first))
     rates.first.append(done.first)
     if before:
-        native = (
-            metrics(server.port)["halo_step_native_seconds_total"] - before["halo_step_native_seconds_total"]
-        )
+        after = metrics(server.port)
+        native, own = (after[name] - before[name] for name in (NATIVE, OWN))
+        rates.scheduler.append(own / done.tokens)
         rates.native.append(native / done.whole)
         rates.outside.append((done.whole - native) / done.tokens)
     seconds, each = asyncio.run(together(server.port, many))
