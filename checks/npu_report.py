@@ -49,7 +49,15 @@ def _findings(case: Case) -> Iterable[Finding]:
     every = chain(
         check_gpu(case), check_npu(case), check_access(case), check_memlock(case), check_kernel(case)
     )
-    wanted = ("gpu.absent", "gpu.not-gfx1151", "npu.", "access.accel", "kernel.too-old", "memory.memlock")
+    wanted = (
+        "gpu.absent",
+        "gpu.not-gfx1151",
+        "gpu.unreadable",
+        "npu.",
+        "access.accel",
+        "kernel.too-old",
+        "memory.memlock",
+    )
     return (finding for finding in every if finding.id.startswith(wanted))
 
 

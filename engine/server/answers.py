@@ -158,6 +158,30 @@ class TokenCount(Struct):
     input_tokens: Count
 
 
+class Tokenized(Struct):
+    tokens: list[int]
+    count: Count
+    max_model_len: Count
+
+
+class Detokenized(Struct):
+    prompt: str
+    content: str
+
+
+class AppliedTemplate(Struct):
+    prompt: str
+
+
+class TokenizerInfo(Struct):
+    vocab_size: Count
+    bos_token: str
+    bos_token_id: int
+    eos_token: str
+    eos_token_id: int
+    chat_template: str | None
+
+
 class LemonadeHealth(Struct):
     status: Literal["ok", "error"]
     version: str

@@ -37,6 +37,13 @@ class TextBlock(Block, tag="text"):
     text: str
 
 
+class PlainText(msgspec.Struct, kw_only=True):
+    """A text block where nothing else may be."""
+
+    text: str
+    type: Literal["text"] = "text"
+
+
 class ThinkingBlock(Block, tag="thinking"):
     """An earlier answer's thoughts: the template has no place for them, so they are left out."""
 
@@ -64,7 +71,7 @@ class DocumentBlock(Block, tag="document"):
 class SearchResultBlock(Block, tag="search_result"):
     title: str = ""
     source: str = ""
-    content: list[TextBlock] = []
+    content: list[PlainText] = []
 
 
 class ToolResultBlock(Block, tag="tool_result"):
@@ -140,7 +147,7 @@ class CountRequest(msgspec.Struct, kw_only=True):
 
     model: str
     messages: Annotated[list[InputMessage], Meta(min_length=1)]
-    system: str | list[TextBlock] | None = None
+    system: str | list[PlainText] | None = None
     tools: list[Tool] | None = None
     tool_choice: ChoiceAuto | ChoiceAny | ChoiceNone | ChoiceTool | None = None
     output_config: OutputConfig | None = None

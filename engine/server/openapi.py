@@ -11,13 +11,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.server import answers, anthropic_schema, chat_schema, completions, predecessor
+from engine.server import (
+    answers,
+    anthropic_schema,
+    chat_schema,
+    completions,
+    predecessor,
+    responses_schema,
+    tokens,
+)
 from engine.server.anthropic_errors import KINDS
 from engine.server.errors import ANTHROPIC
 from engine.server.service import json_response, service_of
@@ -29,6 +37,11 @@ EVENT: Final = {  # of each event
     "type": "object",
     "required": ["data"],
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
+WORDS: Final = {  # that are known, where the structs have any text so as to say better what is not
+    ("ChatMessage", "role"): {"system", "developer", "user", "assistant", "tool"},
+    ("ContentPart", "type"): set(chat_schema.TEXT_PARTS),
+    ("ToolSpec", "type"): {"function"},
 }
 Method = Literal["get", "post"]
 Refs = dict[type, dict[str, Any]]
@@ -54,6 +67,23 @@ def post(path: str, summary: str, body: type, answer: type, *, streams: bool = T
     return Operation(path, summary, answer, "post", body, streams, errors)
 
 
+def plain(path: str, summary: str, body: type, answer: type) -> Operation:
+    """A route with a body that does not run the model."""
+    return Operation(path, summary, answer, "post", body, errors=(400, 404, 413))
+
+
+class LemonadeChatRequest(chat_schema.ChatRequest, kw_only=True):
+    """POST /api/v1/chat/completions: with Lemonade's name of repetition_penalty."""
+
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+
+class LemonadeCompletionRequest(completions.CompletionRequest, kw_only=True):
+    """POST /api/v1/completions."""
+
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+
 def lemonade(version: str) -> list[Operation]:
     """Lemonade's routes below /api/v1, or their aliases."""
     base = f"/api/{version}"
@@ -63,28 +93,32 @@ def lemonade(version: str) -> list[Operation]:
         Operation(f"{base}/models/{{id}}", "Lemonade: one model", answers.LemonadeModel, errors=(404,)),
         Operation(f"{base}/stats", "Lemonade: the last request's figures", answers.LemonadeStats),
         Operation(f"{base}/system-info", "Lemonade: the machine", answers.LemonadeSystem),
-        post(f"{base}/chat/completions", "As /v1", chat_schema.ChatRequest, answers.ChatCompletion),
-        post(f"{base}/completions", "As /v1", completions.CompletionRequest, answers.Completion),
+        post(f"{base}/chat/completions", "As /v1", LemonadeChatRequest, answers.ChatCompletion),
+        post(f"{base}/completions", "As /v1", LemonadeCompletionRequest, answers.Completion),
     ]
 
 
 OPERATIONS: Final = (
     Operation("/health", "What runs here", answers.Health, errors=(503,)),
+    Operation("/metrics", "Counters and histograms for Prometheus", None, media="text/plain"),
     Operation("/openapi.json", "This document", None),
     Operation("/v1/models", "The models", answers.Models),
     Operation("/v1/models/{id}", "One model", answers.Model, errors=(404,)),
     post("/v1/chat/completions", "Answer a conversation", chat_schema.ChatRequest, answers.ChatCompletion),
     post("/v1/completions", "Continue a text", completions.CompletionRequest, answers.Completion),
+    post("/v1/responses", "Answer an input", responses_schema.ResponsesRequest, answers.ResponseObject),
     Operation("/v1/embeddings", "Refused: there is no embedding model", None, "post", errors=(400,)),
     post("/v1/messages", "Answer a conversation", anthropic_schema.MessagesRequest, answers.AnthropicMessage),
-    Operation(
+    plain(
         "/v1/messages/count_tokens",
         "How many tokens a prompt has",
-        answers.TokenCount,
-        "post",
         anthropic_schema.CountRequest,
-        errors=(400, 404, 413),
+        answers.TokenCount,
     ),
+    plain("/tokenize", "A text's tokens", tokens.TokenizeRequest, answers.Tokenized),
+    plain("/detokenize", "The text of tokens", tokens.DetokenizeRequest, answers.Detokenized),
+    plain("/apply-template", "A conversation's prompt", tokens.TemplateRequest, answers.AppliedTemplate),
+    Operation("/tokenizer_info", "The tokenizer's special tokens", answers.TokenizerInfo),
     *lemonade("v1"),
     *lemonade("v0"),
     post("/ppl", "A text's perplexity", predecessor.PplRequest, answers.Perplexity, streams=False),
@@ -107,6 +141,8 @@ def document(version: str, model: str) -> dict[str, Any]:
     refs = dict(zip(kinds, schemas, strict=True))
     for kind in {each.body for each in OPERATIONS if each.body}:
         _name_model(components[kind.__name__], model, kind)
+    for (component, field), values in WORDS.items():
+        components[component]["properties"][field] = {"type": "string", "enum": sorted(values)}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, refs)
@@ -150,7 +186,8 @@ def _operation(operation: Operation, refs: Refs) -> dict[str, Any]:
 
 
 def _responses(operation: Operation, refs: Refs) -> dict[str, Any]:
-    schema = refs[operation.answer] if operation.answer else {"type": "object"}
+    plain_text = {"type": "string" if operation.media != JSON else "object"}
+    schema = refs[operation.answer] if operation.answer else plain_text
     content: dict[str, Any] = {operation.media: {"schema": schema}}
     if operation.streams:
         content[STREAM] = {"schema": EVENT}
