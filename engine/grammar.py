@@ -148,19 +148,34 @@ def call_grammar(
     tools: Sequence[Tool], form: CallForm, *, parallel: bool, answer: dict[str, Any] | None = None
 ) -> str:
     """An answer that is a call of one of `tools`, or several; or JSON of the schema `answer`."""
-    rules = []
-    for number, tool in enumerate(tools):
-        head = json.dumps({"name": tool.name, form.arguments: 0}, ensure_ascii=False)[:-2]
-        rules.append(f"call{number}: {_quoted(form.begin + head)} args{number} {_quoted('}' + form.end)}")
-        rules.append(f"args{number}: {_json(tool.schema(), lenient=not tool.strict)}")
-    rules.append("call: " + " | ".join(f"call{number}" for number in range(len(tools))))
     more = f" ({_quoted(form.between)} call)*" if parallel else ""
     opening, closing = (_quoted(each) + " " if each else "" for each in (form.open, form.close))
-    rules.append(f"calls: {opening}call{more} {closing}")
+    rules = [*_calls(tools, form, form.begin), f"calls: {opening}call{more} {closing}"]
     if answer is not None:
         rules.append(f"answer: {_json(answer)}")
     start = "calls" if answer is None else "(calls | answer)"
     return "\n".join([f"start: /[ \\n]/? {start}", *rules]) + "\n"
+
+
+def text_grammar(tools: Sequence[Tool], form: CallForm, *, parallel: bool) -> str:
+    """Any text, in which what begins like a call is one of `tools`, or several, with arguments that obey.
+
+    For forms that begin with a tag.
+    """
+    tag = form.begin.rstrip()
+    start = "start: called* TEXT" if parallel else "start: TEXT | called"
+    rules = [start, f"begun[lazy]: TEXT {_quoted(tag)}", "called: begun call", "TEXT: /(.|\\n)*/"]
+    return "\n".join([*rules, *_calls(tools, form, form.begin[len(tag) :])]) + "\n"
+
+
+def _calls(tools: Sequence[Tool], form: CallForm, begin: str) -> list[str]:
+    """Rules of `call`: one of the tools. The name is text, so that a schema's references keep their root."""
+    rules = []
+    for number, tool in enumerate(tools):
+        head = json.dumps({"name": tool.name, form.arguments: 0}, ensure_ascii=False)[:-2]
+        rules.append(f"call{number}: {_quoted(begin + head)} args{number} {_quoted('}' + form.end)}")
+        rules.append(f"args{number}: {_json(tool.schema(), lenient=not tool.strict)}")
+    return [*rules, "call: " + " | ".join(f"call{number}" for number in range(len(tools)))]
 
 
 def _json(schema: dict[str, Any], *, lenient: bool = False) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.chat import Message, answer_has_leading_space, call_form
-from engine.grammar import GrammarConstraint, GrammarError, call_grammar, json_grammar
+from engine.grammar import GrammarError, call_grammar, json_grammar, text_grammar
 from engine.sampling import SamplingParams
 from engine.sequence import Constraint
 from engine.server.errors import ApiError
@@ -16,7 +16,7 @@ from engine.server.reading import ChoiceReader
 from engine.server.runner import Work
 from engine.server.service import Service, encode_chat
 from engine.tool_parser import ToolParser
-from engine.tools import Tool, ToolChoice
+from engine.tools import CallForm, Tool, ToolChoice
 
 ANY_CALL: Final = ToolChoice()
 
@@ -86,47 +86,66 @@ async def answer_constraint(
     """The constraint of a schema; raises ApiError where it cannot be enforced."""
     if schema is None:
         return None
-    try:
-        return await asyncio.to_thread(service.grammars.compile, json_grammar(schema))
-    except GrammarError as error:
-        raise ApiError(400, error.message, param=param, code="invalid_json_schema") from error
+    return await asyncio.to_thread(_answer, service, schema, param)
 
 
 async def _constraint(service: Service, ask: Ask, tools: Sequence[Tool], names: Names) -> Constraint | None:
-    required = ask.choice.mode == "required"
-    if not required and ask.schema is None:
+    """What the answer must be, where that is not any text; compiled off the event loop."""
+    if ask.choice.mode == "required":
+        return await asyncio.to_thread(_calls, service, ask, tools, None, names.tools)
+    if ask.schema is not None:
+        alone = await answer_constraint(service, ask.schema, names.schema)
+        if not tools:
+            return alone
+        return await asyncio.to_thread(_calls, service, ask, tools, ask.schema, names.tools)
+    if any(tool.strict for tool in tools):
+        return await asyncio.to_thread(_text, service, ask, tools, names.tools)
+    return None
+
+
+def _answer(service: Service, schema: dict[str, Any], param: str) -> Constraint:
+    try:
+        return service.grammars.compile(json_grammar(schema))
+    except GrammarError as error:
+        raise _refused(error.message, param) from error
+
+
+def _calls(
+    service: Service, ask: Ask, tools: Sequence[Tool], answer: dict[str, Any] | None, param: str
+) -> Constraint:
+    """Calls, or an answer of the schema."""
+    form = _form(service)
+    try:
+        grammar = call_grammar(tools, form, parallel=ask.choice.parallel, answer=answer)
+        return service.grammars.compile(grammar)
+    except GrammarError as error:
+        raise _blamed(service, tools, error, param) from error
+
+
+def _text(service: Service, ask: Ask, tools: Sequence[Tool], param: str) -> Constraint | None:
+    """Any text in which calls obey, if this model's calls begin with a tag: else nothing tells them apart."""
+    form = _form(service)
+    if not form.begin:
         return None
     try:
-        if ask.schema is not None and not required:
-            return await asyncio.to_thread(_answer, service, ask, tools)
-        return await asyncio.to_thread(_calls, service, ask, tools)
+        return service.grammars.compile(text_grammar(tools, form, parallel=ask.choice.parallel))
     except GrammarError as error:
-        param = names.tools if required else names.schema
-        raise ApiError(400, error.message, param=param, code="invalid_json_schema") from error
+        raise _blamed(service, tools, error, param) from error
 
 
-def _answer(service: Service, ask: Ask, tools: Sequence[Tool]) -> GrammarConstraint:
-    """An answer of the schema, or calls where tools may be called."""
-    alone = service.grammars.compile(json_grammar(ask.schema))
-    return _calls(service, ask, tools) if tools else alone
+def _form(service: Service) -> CallForm:
+    return call_form(service.engine.tokenizer, service.engine.card.chat_template)
 
 
-def _calls(service: Service, ask: Ask, tools: Sequence[Tool]) -> GrammarConstraint:
-    engine = service.engine
-    form = call_form(engine.tokenizer, engine.card.chat_template)
-    answer = None if ask.choice.mode == "required" else ask.schema
-    grammar = call_grammar(tools, form, parallel=ask.choice.parallel, answer=answer)
-    try:
-        return service.grammars.compile(grammar)
-    except GrammarError:
-        _blame(service, tools)
-        raise
-
-
-def _blame(service: Service, tools: Sequence[Tool]) -> None:
-    """Raise GrammarError naming the tool whose schema cannot be."""
+def _blamed(service: Service, tools: Sequence[Tool], error: GrammarError, param: str) -> ApiError:
+    """The refusal that names the tool whose schema cannot be."""
     for tool in tools:
         try:
             service.grammars.compile(json_grammar(tool.schema(), lenient=not tool.strict))
-        except GrammarError as error:
-            raise GrammarError(f"The parameters of {tool.name}: {error.message}") from error
+        except GrammarError as own:
+            return _refused(f"The parameters of {tool.name}: {own.message}", param)
+    return _refused(error.message, param)
+
+
+def _refused(why: str, param: str) -> ApiError:
+    return ApiError(400, why, param=param, code="invalid_json_schema")

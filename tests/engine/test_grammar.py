@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.chat import stop_ids
-from engine.grammar import GrammarError, Grammars, call_grammar, deeper_than, json_grammar
+from engine.grammar import GrammarError, Grammars, call_grammar, deeper_than, json_grammar, text_grammar
 from engine.tools import FORMS, Tool
 from tests.engine.server_fixtures import EOS, EOT, TOKENIZER
 from tests.engine.test_tools import read
@@ -141,6 +141,40 @@ def test_an_answer_or_calls(grammars):
         kinds.add(bool(calls))
         assert calls or json.loads(said) in ("yes", "no")
     assert kinds == {True, False}
+
+
+def say(constraint, text: str) -> bool:
+    """Whether the masks let a text come; where they force some tokens, by those."""
+    rest = text.encode()
+    while rest:
+        allowed = [int(token) for token in np.flatnonzero(constraint.mask()) if int(token) not in ENDS]
+        fitting = [token for token in allowed if rest.startswith(TOKENIZER.token_bytes(token))]
+        if not fitting:
+            return False
+        token = max(fitting, key=lambda each: len(TOKENIZER.token_bytes(each)))
+        constraint.accept(token)
+        rest = rest[len(TOKENIZER.token_bytes(token)) :]
+    return True
+
+
+def test_in_free_text_a_call_that_begins_must_obey(grammars):
+    tools = [Tool("f", "", {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+                            "additionalProperties": False}, strict=True), Tool("g")]  # fmt: skip
+    many = grammars.compile(text_grammar(tools, FORMS[0], parallel=True))
+    call = '<tool_call>\n{"name": "f", "arguments": {"n": 5}}\n</tool_call>'
+    for text in ("Any text, {even} <b> [this]. Grüße 🌍\n\n", f"Look: {call} then {call}", call):
+        free = many.fork()
+        assert say(free, text) and free.may_end() and not free.finished(), text
+    for text in (
+        '<tool_call>\n{"name": "h"',
+        '<tool_call>\n{"name": "f", "arguments": {"n": "',
+        'x <tool_call>\n{"name": "f", "arguments": {}',
+        "<tool_call>nonsense",
+    ):
+        assert not say(many.fork(), text), text
+    one = grammars.compile(text_grammar(tools, FORMS[0], parallel=False))
+    assert say(one.fork(), "Any text") and say(one, f"Look: {call}")
+    assert one.finished() or not say(one, " <tool_call>")
 
 
 REFUSED = {

@@ -161,6 +161,21 @@ def test_a_forced_call_is_one_whatever_the_model_would_have_said(demo, choice, s
             assert "".join(p[0].function.arguments for p in pieces if p) == call.function.arguments
 
 
+def test_a_strict_function_is_called_rightly_or_not_at_all(demo):
+    """Of its own will, and pushed to begin a call: its arguments obey, for no other token may come."""
+    tokenizer = demo.service.engine.tokenizer
+    push = {str(token): 40 for token in tokenizer.encode("<tool_call>")}
+    tools = [function(strict=True)]
+    for bias in ({}, push):
+        for seed in range(3):
+            body = {"messages": USER, "tools": tools, "seed": seed, "max_tokens": 60, "logit_bias": bias}
+            choice = post(demo.url, "/v1/chat/completions", body).json()["choices"][0]
+            calls = choice["message"].get("tool_calls") or []
+            for call in calls if choice["finish_reason"] == "tool_calls" else ():
+                jsonschema.validate(json.loads(call["function"]["arguments"]), CITY)
+            assert "<tool_call>" not in (choice["message"]["content"] or "")
+
+
 def test_allowed_tools_are_the_only_ones(demo):
     choice = {
         "type": "allowed_tools",

@@ -12,7 +12,7 @@ import pytest
 from tests.engine.openai_fixtures import CITY, MODEL, client_of, demo_directory, demo_server, post, says
 from tests.engine.server_fixtures import wait_until
 
-TOOLS = [{"type": "function", "name": "get_weather", "parameters": CITY, "strict": True}]
+TOOLS = [{"type": "function", "name": "get_weather", "parameters": CITY, "strict": False}]
 ANSWER = (
     'Let me look. <tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rom"}}\n</tool_call>'
@@ -104,7 +104,7 @@ def test_the_clients_stream_helper_puts_together_what_the_whole_answer_says():
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         final = stream.get_final_response()
     assert text == final.output_text == "Let me look."
-    assert [call.parsed_arguments for call in final.output[1:]] == [{"city": "Köln"}, {"city": "Rom"}]
+    assert [json.loads(call.arguments) for call in final.output[1:]] == [{"city": "Köln"}, {"city": "Rom"}]
 
 
 def test_the_limit_is_told():
