@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 
-from engine.scheduler import Observer, Reason
+from engine.observer import Observer, Reason
 
 
 @dataclass(frozen=True)
