@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from engine.choosing import AGAIN, Choices, Chooser, Sampler, TokenSession
+from engine.choosing import Choices, Chooser, Sampler, TokenSession
+from engine.pace import Pace
 from engine.running import Running
 
-BUDGET: Final = AGAIN  # entries of a step: what one pass over the weights serves
-SHARED_BUDGET: Final = 48  # ... while others decode, who wait for it
-LEAST_PREFILL: Final = 12  # entries for prompts in every step, however many decode
 SCORED: Final = 32  # entries of a prompt whose logits are all wanted, for which there must be room
 
 
@@ -28,13 +26,13 @@ class Part(NamedTuple):
     gives_token: bool
 
 
-def plan(running: Sequence[Running]) -> list[Part]:
-    """The next step: everybody's next token, and prompts in equal shares of what is left of the budget."""
+def plan(running: Sequence[Running], pace: Pace) -> list[Part]:
+    """The next step: everybody's next token, and prompts in equal shares of the room that is left."""
     parts = [Part(one, one.filled, len(one.next), len(one.next), True, True) for one in running if one.next]
     prompts = [one for one in running if not one.next and one.begun]
     if not prompts:
         return parts
-    left = max((SHARED_BUDGET if parts else BUDGET) - len(parts), LEAST_PREFILL)
+    left = pace.room(len(parts))
     prompts.sort(key=lambda one: len(one.prompt) - one.filled)  # stable: first come, first served
     for at, one in enumerate(prompts):
         count = min(len(one.prompt) - one.filled, max(left // (len(prompts) - at), 1))

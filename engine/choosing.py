@@ -8,6 +8,7 @@ bias, penalties, the mask; docs/exact-head.md), else from all logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -22,7 +23,6 @@ from engine.sampling import (
     is_narrowed,
     make_noise,
     sample,
-    scaled_noise,
     settled,
 )
 from engine.sequence import TokenLogprob
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NEAR: Final = 2048  # tokens near the winner that are looked at; where more are, all are
+LARGE: Final = 1 << 15  # a vocabulary whose noise is made ahead
 AGAIN: Final = 96  # entries of a run after which logits may be asked for (HALO_AGAIN)
 
 
@@ -94,6 +95,7 @@ class Sampler:
         self.edits = Edits(params, prompt_ids, vocab) if any(changes) or repeats or constraint else None
         self.narrowed = self.noise is not None and is_narrowed(params)
         self.is_plain = self.noise is None and self.edits is None
+        self._ahead: tuple[int, Future[NDArray[np.float32]]] | None = None  # position, and its noise
         # Where the arg max of logit + row, or those near it, cannot decide.
         shifts = self.edits is not None and self.edits.shift is not None
         self.needs_all = params.logprobs is not None or repeats or (self.narrowed and shifts)
@@ -109,10 +111,17 @@ class Sampler:
         """Write what is added to the logits of the token at `position`."""
         if self.noise is None:
             row[:] = 0.0
+        elif self._ahead is not None and self._ahead[0] == position:
+            row[:] = self._ahead[1].result()
         else:
-            row[:] = scaled_noise(self.noise, position, len(row), self.params.temperature)
+            row[:] = self.noise.scaled(position, len(row), self.params.temperature)
         if self.edits is not None:
             row[:] = self.edits.shifted(row)
+
+    def order(self, position: int, vocab: int, pool: Executor) -> None:
+        """Have the noise of `position` made while the model runs."""
+        if self.noise is not None:
+            self._ahead = (position, pool.submit(self.noise.scaled, position, vocab, self.params.temperature))
 
     def settle(self, drawn: Drawn) -> int | None:
         """The token of a draw, or None where only all logits can tell."""
@@ -143,14 +152,15 @@ class Choices:
 
     def __init__(
         self,
-        session: TokenSession,
+        again: Callable[[int], NDArray[np.float32]],
         rows: Sequence[tuple[Sampler, int]],
         tokens: list[int] | None = None,
         drawn: Sequence[Drawn] | None = None,
         logits: NDArray[np.float32] | None = None,
     ) -> None:
-        self._session, self._rows = session, rows
+        self._again, self._rows = again, rows
         self._tokens, self._drawn, self._logits = tokens, drawn, logits
+        self._had: dict[int, NDArray[np.float32]] = {}
         self.late = 0  # draws for which all logits were needed
         self.settled = 0
 
@@ -172,7 +182,9 @@ class Choices:
         if self._logits is not None:
             logits: NDArray[np.float32] = self._logits[row]
             return logits
-        return self._session.logits_again(row)
+        if row not in self._had:
+            self._had[row] = self._again(row)
+        return self._had[row]
 
 
 class Chooser:
@@ -182,9 +194,11 @@ class Chooser:
         self.session = session
         self._vocab = vocab
         self._noise = np.empty((1, vocab), np.float32)
+        # One thread, idle but for the noise of the next step: that of a large vocabulary takes a millisecond.
+        self._pool = ThreadPoolExecutor(1, "halo-noise") if vocab >= LARGE else None
         self._unsettled = 0.0  # share of the late draws that took all logits
         self._last: Choices | None = None
-        self.native_s = 0.0  # of the last run, in the native call
+        self.native_s = 0.0  # of the last run and what was asked of it since, in native calls
 
     def run(
         self,
@@ -198,19 +212,23 @@ class Chooser:
         `all_logits`: rows will be asked for theirs.
         """
         self._learn()
+        self.native_s = 0.0
         if not all_logits and all(sampler.is_plain and not sampler.needs_all for sampler, _ in rows):
-            return Choices(self.session, rows, tokens=self._timed(self.session.run_argmax, *entries))
+            return Choices(self._again, rows, tokens=self._timed(self.session.run_argmax, *entries))
         narrowed = [sampler for sampler, _ in rows if sampler.narrowed]
         if all_logits or self._whole(rows, bool(narrowed), len(entries[0])):
-            return Choices(self.session, rows, logits=self._timed(self.session.run, *entries))
+            return Choices(self._again, rows, logits=self._timed(self.session.run, *entries))
         if len(self._noise) < len(rows):
             self._noise = np.empty((len(rows), self._vocab), np.float32)
         noise = self._noise[: len(rows)]
         for row, (sampler, position) in zip(noise, rows, strict=True):
             sampler.fill(row, position)
+        if self._pool is not None:
+            for sampler, position in {id(sampler): (sampler, at) for sampler, at in rows}.values():
+                sampler.order(position + 1, self._vocab, self._pool)
         depth = max((depth_of(sampler.params) for sampler in narrowed), default=0.0)
         drawn = self._timed(self.session.run_draw, *entries, noise, depth, NEAR if narrowed else 0)
-        self._last = Choices(self.session, rows, drawn=drawn)
+        self._last = Choices(self._again, rows, drawn=drawn)
         return self._last
 
     def _timed(self, call: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401
@@ -218,7 +236,10 @@ class Chooser:
         try:
             return call(*arguments)
         finally:
-            self.native_s = perf_counter() - began
+            self.native_s += perf_counter() - began
+
+    def _again(self, row: int) -> NDArray[np.float32]:
+        return self._timed(self.session.logits_again, row)
 
     def _whole(self, rows: Sequence[tuple[Sampler, int]], narrowed: bool, entries: int) -> bool:
         """Whether all logits of all rows are had at once: one pass over the head for all of them."""

@@ -86,10 +86,15 @@ class Noise:
 
     def at(self, position: int, vocab: int) -> NDArray[np.float32]:
         """Gumbel's distribution, [vocab], for the token at `position` of the sequence (the first has 0)."""
+        return self.scaled(position, vocab, 1.0)
+
+    def scaled(self, position: int, vocab: int, temperature: float) -> NDArray[np.float32]:
+        """The same times the temperature: what is added to the logits."""
         stream = np.random.Generator(np.random.Philox(key=self.key, counter=position << 128))
-        exponential = stream.standard_exponential(vocab).astype(np.float32)
-        np.maximum(exponential, np.float32(1e-30), out=exponential)  # 0 comes once in 2^53
-        return -np.log(exponential)
+        row = stream.standard_exponential(vocab).astype(np.float32)
+        np.maximum(row, np.float32(1e-30), out=row)  # 0 comes once in 2^53
+        np.log(row, out=row)
+        return np.multiply(row, -np.float32(max(temperature, COLDEST)), out=row)
 
 
 def make_noise(seed: int | None, index: int = 0) -> Noise:
@@ -97,11 +102,6 @@ def make_noise(seed: int | None, index: int = 0) -> Noise:
     word = secrets.randbits(64) if seed is None else seed % 2**64  # OpenAI's is a signed 64-bit number
     digest = hashlib.sha256(b"halo" + word.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
     return Noise(int.from_bytes(digest[:16], "little"))
-
-
-def scaled_noise(noise: Noise, position: int, vocab: int, temperature: float) -> NDArray[np.float32]:
-    """What is added to the logits: the noise times the temperature, float32 [vocab]."""
-    return noise.at(position, vocab) * np.float32(max(temperature, COLDEST))
 
 
 def is_greedy(params: SamplingParams) -> bool:
@@ -127,7 +127,7 @@ def sample(
     ranked = edits.shifted(repeated) if edits else logits
     if is_greedy(params) or noise is None:
         return int(np.argmax(ranked))
-    row = scaled_noise(noise, position, len(logits), params.temperature)
+    row = noise.scaled(position, len(logits), params.temperature)
     values = repeated + (edits.shifted(row) if edits else row)
     if not is_narrowed(params):
         return int(np.argmax(values))

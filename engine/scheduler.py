@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batch import Batch, Part, plan
-from engine.choosing import Choices, TokenSession
+from engine.choosing import AGAIN, Choices, TokenSession
 from engine.device import DeviceLost
 from engine.errors import HaloError
 from engine.fair_queue import FairQueue
 from engine.observer import Gauges as Gauges
 from engine.observer import Observer as Observer
 from engine.observer import Reason as Reason
+from engine.pace import Pace
 from engine.request import DeadlinePassed, Event, QueueFull, Request
 from engine.running import Running
 from engine.sequence import Prompt, Step
@@ -49,11 +50,13 @@ class Scheduler:
         context: int,
         slots: int = 1,
         speculation: Speculation = OFF,
+        most_entries: int = AGAIN,
     ) -> None:
         self.queue_limit = DEFAULT_QUEUE_LIMIT
         self.observer = Observer()
         self.deliver: Callable[[list[Delivery]], None] = put_each
         self.tally = Tally()
+        self.pace = Pace(most_entries)
         self.slots = Slots(slots, context)
         self.change = threading.Condition()  # of the queue, and of what is cancelled
         self._session, self._tokenizer, self._stop_ids = session, tokenizer, stop_ids
@@ -105,7 +108,9 @@ class Scheduler:
         if parts:
             decodes = sum(part.size for part in parts if part.decodes)
             prefills = sum(part.size for part in parts) - decodes
-            self.observer.step(self._batch.native_s, perf_counter() - began, decodes, prefills)
+            took = perf_counter() - began
+            self.pace.record(decodes, prefills, took)
+            self.observer.step(self._batch.native_s, took, decodes, prefills)
         return bool(parts)
 
     def end_all(self, error: Exception | None) -> None:
@@ -200,7 +205,7 @@ class Scheduler:
                 self._fail(running, error)
         if len(self._running) == 1:
             self._draft(self._running[0])
-        parts = [part for part in plan(self._running) if self._prepared(part)]
+        parts = [part for part in plan(self._running, self.pace) if self._prepared(part)]
         return [part for part in parts if not part.running.ended]
 
     def _prepared(self, part: Part) -> bool:

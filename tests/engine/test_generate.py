@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import BUDGET
+from engine.choosing import AGAIN
 from engine.errors import HaloError
 from engine.generate import ContextOverflow
 from engine.sampling import SamplingParams, make_noise, sample
@@ -170,7 +170,7 @@ def test_a_backend_error_passes_through_and_the_slot_recovers():
 def test_cancel_is_noticed_between_prefill_chunks_and_between_steps():
     session = ScriptedSession(byte_tokens(b"x"))
     engine = make_engine(session)
-    long_prompt = [FIRST_BYTE] * (BUDGET * 5)
+    long_prompt = [FIRST_BYTE] * (AGAIN * 5)
     assert list(engine.generate(long_prompt, SamplingParams(), cancelled=lambda: session.runs >= 2)) == []
     assert session.runs == 2
     steps = list(engine.generate([5], SamplingParams(), cancelled=lambda: session.runs >= 6))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import HaloError
-from engine.sampling import SamplingParams, depth_of, make_noise, sample, scaled_noise, settled
+from engine.sampling import SamplingParams, depth_of, make_noise, sample, settled
 
 GOLDEN = [-1.060488, 1.505482, 0.6685035, 0.0117115]
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
@@ -110,7 +110,7 @@ def test_what_is_near_the_winner_decides_as_all_logits_do():
         )
         logits = np.round(rng.standard_normal(500) * 3, int(rng.integers(0, 3))).astype(np.float32)
         noise, position = make_noise(int(rng.integers(99))), int(rng.integers(99))
-        token = int((logits + scaled_noise(noise, position, 500, params.temperature)).argmax())
+        token = int((logits + noise.scaled(position, 500, params.temperature)).argmax())
         near = np.flatnonzero(logits >= min(logits[token], logits.max() - depth_of(params))).astype(np.int32)
         if settled(token, near, logits[near], params):
             decided += 1

@@ -9,10 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from engine.batch import BUDGET, LEAST_PREFILL, SHARED_BUDGET
+from engine.choosing import AGAIN
 from engine.device import DeviceLost
 from engine.errors import HaloError
 from engine.observer import Observer
+from engine.pace import FIRST, LEAST, Pace
 from engine.request import DeadlinePassed, QueueFull, Request, Work
 from engine.sampling import SamplingParams
 from engine.sequence import Prompt, Step
@@ -70,18 +71,30 @@ def test_a_request_gets_the_tokens_that_it_gets_alone(slots: int, speculation: S
     assert scheduler.slots.free() == slots
 
 
+class Steady(Pace):
+    """So many entries for prompts beside those that decode, whatever they take."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(AGAIN)
+        self._room = room
+
+    def room(self, decodes: int) -> int:
+        return self._room if decodes else self.most
+
+
 def test_a_step_takes_decodes_first_and_prompts_in_equal_shares() -> None:
     session = SlotSession(4, context=2000)
     scheduler = make_scheduler(session)
+    scheduler.pace = Steady(47)
     scheduler.submit(request(prompt_of(1, 5), max_tokens=500, ignore_eos=True))
     scheduler.step()
     scheduler.submit(request(prompt_of(2, 1500), max_tokens=2))
     scheduler.submit(request(prompt_of(3, 20), max_tokens=2, ignore_eos=True))
     scheduler.step()
     # The short prompt is not behind the long one: it has run within one step.
-    assert [len(kv) for kv in session.kv[:3]] == [6, SHARED_BUDGET - 1 - 20, 20]
+    assert [len(kv) for kv in session.kv[:3]] == [6, 47 - 20, 20]
     scheduler.step()
-    assert session.runs[-1] == SHARED_BUDGET - 2 + 2 and len(session.kv[0]) == 7  # 2 decode now
+    assert session.runs[-1] == 2 + 47 and len(session.kv[0]) == 7  # 2 decode now
 
 
 def test_a_long_prompt_gives_the_stream_beside_it_a_token_every_step() -> None:
@@ -98,21 +111,38 @@ def test_a_long_prompt_gives_the_stream_beside_it_a_token_every_step() -> None:
         scheduler.step()
         steps += 1
         assert len(stream.events) == before + steps
-        assert session.runs[-1] <= SHARED_BUDGET
-    assert steps <= 2500 // (SHARED_BUDGET - 1) + 1
+        assert session.runs[-1] <= AGAIN
+    assert steps <= 2500 // LEAST + 1
 
 
 def test_however_many_decode_a_prompt_goes_on() -> None:
-    count = BUDGET + 10
+    count = AGAIN + 10
     session = SlotSession(count + 1)
     scheduler = make_scheduler(session)
     for number in range(count):
         scheduler.submit(request(prompt_of(number, 2), max_tokens=100, ignore_eos=True))
     while scheduler.gauges().waiting or any(running.prefilling for running in scheduler._running):
         scheduler.step()
+    scheduler.pace.record(10, 0, 1.0)
     scheduler.submit(request(prompt_of(999, 60), max_tokens=1))
     scheduler.step()
-    assert session.runs[-1] == count + LEAST_PREFILL
+    assert count + LEAST <= session.runs[-1] < count + LEAST + 12
+
+
+def test_a_step_with_prompts_takes_a_few_times_one_without() -> None:
+    pace = Pace(AGAIN)
+    assert pace.room(0) == AGAIN and pace.room(3) == FIRST
+    for seconds in (0.024, 0.024, 5.0, 0.025):  # one was disturbed
+        pace.record(1, 0, seconds)
+    for _ in range(3):
+        pace.record(0, 96, 0.66)
+    assert pace.room(1) == 11  # 12 entries: (4 - 1) * 24 ms at 7 ms each would be 10
+    for _ in range(5):
+        pace.record(1, 11, 0.024 + 11 * 0.001)
+    assert pace.room(1) == 71 and pace.room(2) == 70  # whole tiles of 12
+    for _ in range(5):
+        pace.record(1, 71, 0.025)
+    assert pace.room(1) == AGAIN - 1 and [pace.room(n) for n in (198, 199)] == [6, 17]
 
 
 def test_choices_of_a_request_share_the_prefill_of_their_prompt() -> None:
@@ -158,7 +188,7 @@ def test_who_waits_for_a_shared_prompt_goes_on_alone_when_its_leader_is_gone() -
     first.cancel()
     run_all(scheduler)
     assert said(list(second.events)) == alone([*prompt[:149], 7], max_tokens=2)
-    assert second.cached_tokens == BUDGET  # what the first one had run
+    assert second.cached_tokens == AGAIN  # what the first one had run
 
 
 def test_turns_of_a_conversation_are_not_run_again_and_others_do_not_lose_theirs() -> None:

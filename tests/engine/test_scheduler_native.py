@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from engine.backend import KV_FORMS, NativeModel, Session
-from engine.batch import BUDGET
-from engine.choosing import Sampler
+from engine.choosing import AGAIN, Sampler
 from engine.formats.h1b import read_h1b
 from engine.formats.prepared import prepare
 from engine.formats.store import seal, unpack
@@ -216,4 +215,4 @@ def test_a_long_prompt_runs_in_steps_that_leave_room_for_a_stream(session: Sessi
     while not long.ended:
         scheduler.step()
         steps += 1
-    assert steps >= 280 // BUDGET + 1 and len(stream.events) >= before + steps
+    assert steps >= 280 // AGAIN + 1 and len(stream.events) >= before + steps
