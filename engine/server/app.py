@@ -18,6 +18,7 @@ from engine.server.front import guarded, service_health
 from engine.server.metrics import CONTENT_TYPE, Labels, Metrics, render
 from engine.server.service import Service, json_response, service_of
 
+GONE = 499  # as nginx has it: the client closed the request
 ROUTES = (
     *openai.ROUTES,
     *others.ROUTES,
@@ -71,5 +72,5 @@ async def prometheus(request: Request) -> Response:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this: the client went away."""
-    return Response(status_code=400)
+    """Nobody reads this but the access log: the client went away."""
+    return Response(status_code=GONE)
