@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from engine.chat import stop_ids
+from engine.choosing import AGAIN
 from engine.choosing import TokenSession as TokenSession
 from engine.errors import HaloError
 from engine.locate import ModelCard, read_card
@@ -22,6 +23,9 @@ from engine.tokenizer import TextTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from engine.backend import NativeModel
+
+
+GPU_ENTRIES: Final = 512  # of a prompt in a step: a GPU's prefill is the faster the more it has at once
 
 
 class ContextOverflow(HaloError):
@@ -108,6 +112,7 @@ class Engine:
         facts = {**model.facts, **session.facts}
         card = ModelCard(card.name, card.chat_template, length)
         engine = cls(session, tokenizer, card, facts, speculation, slots)
+        engine.scheduler.pace.most = AGAIN if facts["backend"] == "cpu" else GPU_ENTRIES
         engine._closers.append(model.close)
         return engine
 
