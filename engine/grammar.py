@@ -35,6 +35,9 @@ _KEPT: Final = 32  # compiled grammars
 class GrammarError(HaloError):
     """A schema that cannot be enforced; the sentence says why."""
 
+    def __init__(self, why: str) -> None:
+        super().__init__(f"The schema cannot be enforced: {why}.", hint="leave that out, or ask for any JSON")
+
 
 class GrammarConstraint:
     """engine.sequence.Constraint over a compiled grammar. One thread at a time."""
@@ -89,7 +92,7 @@ class Grammars:
             grammar = LLMatcher.grammar_from_lark(lark)
             matcher = LLMatcher(tables, grammar, log_level=0, limits=_limits())
             if matcher.is_error():
-                raise GrammarError(f"It cannot be enforced: {_reason(matcher.get_error())}.")
+                raise GrammarError(_reason(matcher.get_error()))
         with self._lock:
             self._compiled[lark] = matcher
             while len(self._compiled) > _KEPT:
@@ -181,10 +184,10 @@ def _calls(tools: Sequence[Tool], form: CallForm, begin: str) -> list[str]:
 def _json(schema: dict[str, Any], *, lenient: bool = False) -> str:
     """A schema in llguidance's Lark."""
     if deeper_than(schema, MAX_DEPTH):
-        raise GrammarError(f"It cannot be enforced: it is nested deeper than {MAX_DEPTH}.")
+        raise GrammarError(f"it is nested deeper than {MAX_DEPTH}")
     text = json.dumps(schema | {"x-guidance": _OPTIONS | {"lenient": lenient}}, ensure_ascii=True)
     if len(text) > MAX_GRAMMAR:
-        raise GrammarError(f"It cannot be enforced: it is longer than {MAX_GRAMMAR} characters.")
+        raise GrammarError(f"it is longer than {MAX_GRAMMAR} characters")
     return f"%json {text}"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from tests.fuzz import model_targets, text_targets, wire_targets
+from tests.fuzz import api_targets, model_targets, text_targets, wire_targets
 from tests.fuzz.target import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (*model_targets.TARGETS, *text_targets.TARGETS, *wire_targets.TARGETS)
+    target.name: target
+    for group in (model_targets, text_targets, wire_targets, api_targets)
+    for target in group.TARGETS
 }

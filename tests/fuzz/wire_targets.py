@@ -27,7 +27,7 @@ COMMIT, SHA = "a" * 40, "b" * 64
 @cache
 def _server() -> tuple[Any, asyncio.AbstractEventLoop]:
     logging.getLogger("halo.server").setLevel(logging.CRITICAL)
-    service = make_service(make_engine(HashSession(), context=48))
+    service = make_service(make_engine(HashSession(), context=400))
     service.runner.start()
     return build_app(service), asyncio.new_event_loop()
 
@@ -56,7 +56,7 @@ async def _ask(app: Any, path: str, body: bytes) -> tuple[int, bytes]:
     return sent[0]["status"], body
 
 
-def _request(path: str) -> Callable[[bytes, Path], None]:
+def request(path: str) -> Callable[[bytes, Path], None]:
     def run(data: bytes, _folder: Path) -> None:
         app, loop = _server()
         status, body = loop.run_until_complete(_ask(app, path, data))
@@ -183,11 +183,21 @@ def _chat() -> Iterator[bytes]:
         "model": "halo-test",
     }
     yield json.dumps(plain | more | {"tools": [], "logprobs": False, "stop": "."}).encode()
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    told = [message, {"role": "assistant", "tool_calls": [call]}]
+    told.append({"role": "tool", "tool_call_id": "c", "content": "x"})
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    yield json.dumps({"messages": told, "max_tokens": 4, "parallel_tool_calls": False} | tools).encode()
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", 1]}}}
+    scores = {"logprobs": True, "top_logprobs": 2, "logit_bias": {"5": -9}, "min_p": 0.1, "ignore_eos": True}
+    yield json.dumps(plain | scores | {"response_format": form, "frequency_penalty": 1, "n": 2}).encode()
 
 
 def _completion() -> Iterator[bytes]:
     yield b'{"prompt": "a b", "max_tokens": 2, "temperature": 0}'
     yield b'{"prompt": ["a", [2, 3]], "n": 2, "max_tokens": 2, "stream": true, "echo": false}'
+    yield b'{"prompt": ["x", [4]], "echo": true, "logprobs": 2, "max_tokens": 1, "best_of": 2, "n": 1}'
     yield b'{"prompt": [4, 5], "stop": "q", "seed": -1, "top_k": -1, "suffix": "", "max_tokens": 1}'
 
 
@@ -226,7 +236,8 @@ _BODY = (
     b'"messages"', b'"role"', b'"content"', b'"assistant"', b'"developer"', b'"n"', b'"stream"', b"true",
     b"null", b'"max_tokens"', b'"temperature"', b'"seed"', b'"stop"', b'"prompt"', b"1e400",
     b"-9223372036854775809", b"18446744073709551616", b"\\ud83d", b"\\u0000", b'"logprobs"',
-    b'"response_format"', b"[[",
+    b'"response_format"', b"[[", b'"tools"', b'"tool_choice"', b'"tool_calls"', b'"json_schema"', b'"schema"',
+    b'"echo"', b'"best_of"', b'"logit_bias"', b'"top_logprobs"', b'"repetition_penalty"', b'"min_p"',
 )  # fmt: skip
 _HTTP = (
     b"Content-Length: ", b"Transfer-Encoding: chunked\r\n", b"Location: ", b"HTTP/1.1 100 Continue\r\n\r\n",
@@ -235,8 +246,8 @@ _HTTP = (
 )  # fmt: skip
 
 TARGETS = [
-    Target("chat_request", _request("/v1/chat/completions"), _chat, words=_BODY, seconds=5.0),
-    Target("completion_request", _request("/v1/completions"), _completion, words=_BODY, seconds=5.0),
+    Target("chat_request", request("/v1/chat/completions"), _chat, words=_BODY, seconds=5.0),
+    Target("completion_request", request("/v1/completions"), _completion, words=_BODY, seconds=5.0),
     Target(
         "hub", run_hub, _hub, words=(b'"lfs"', b'"oid"', b'"size"', b'"path"', b"../", b"\\u0000", b"sha256:")
     ),
