@@ -68,8 +68,10 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._abort_after(STALL_SECONDS)  # what is still to be sent may find no reader
-        elif self.conn.their_state is h11.SEND_BODY:
+            return
+        if self.conn.their_state is h11.SEND_BODY:
             self._abort_after(LINGER_SECONDS)
+        self._watch_request()  # a next one may have begun already
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
