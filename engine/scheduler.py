@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -30,12 +30,13 @@ from engine.request import DeadlinePassed, Event, QueueFull, Request
 from engine.running import Running
 from engine.sequence import Prompt, Step
 from engine.slots import WORTH, Slots
-from engine.speculate import OFF, Experience, Speculation, Tally, accept
+from engine.speculate import OFF, Drafter, Experience, Speculation, Tally, accept, draft_together
 
 if TYPE_CHECKING:
     from engine.tokenizer import TextTokenizer
 
 DEFAULT_QUEUE_LIMIT: Final = 32
+FEW: Final = 4  # sequences that decode with drafts; more of them fill a step by themselves
 Delivery = tuple[Request, Event]
 
 
@@ -203,8 +204,7 @@ class Scheduler:
                 raise
             except Exception as error:
                 self._fail(running, error)
-        if len(self._running) == 1:
-            self._draft(self._running[0])
+        self._draft()
         parts = [part for part in plan(self._running, self.pace) if self._prepared(part)]
         return [part for part in parts if not part.running.ended]
 
@@ -219,14 +219,27 @@ class Scheduler:
                 return False
         return True
 
-    def _draft(self, running: Running) -> None:
-        """Add drafts to what a sequence that is alone runs next."""
-        if not self._speculation.limit or running.prefilling or not running.sampler.may_draft:
+    def _draft(self) -> None:
+        """Add drafts to what each runs next, where a few sequences decode and nothing else is to be done."""
+        few = self._running
+        if not (self._speculation.limit and 0 < len(few) <= FEW) or any(one.prefilling for one in few):
             return
-        if running.drafter is None:  # not before the first token is out
+        drafters = [self._drafter(one) for one in few]
+        rooms = [one.room() for one in few]
+        costs = self._experience(few).costs(len(few))
+        found = draft_together(drafters, rooms, self._speculation, costs)
+        for one, drafts in zip(few, found, strict=True):
+            one.next = [one.next[0], *drafts]
+
+    def _drafter(self, running: Running) -> Drafter | None:
+        if running.drafter is None and running.sampler.may_draft:
             known = self.slots.held(running.slot)
-            running.drafter = self._learned[running.greedy].drafter([*known, running.next[0]])
-        running.next = [running.next[0], *running.drafter.draft(running.room())]
+            running.drafter = self._experience([running]).drafter([*known, running.next[0]])
+        return running.drafter
+
+    def _experience(self, some: Sequence[Running]) -> Experience:
+        """Drafts of greedy sequences are right at another rate, and their steps take another time."""
+        return self._learned[all(one.greedy for one in some)]
 
     def _run(self, parts: list[Part]) -> None:
         for part in parts:
@@ -244,9 +257,10 @@ class Scheduler:
                     if not part.running.ended:
                         self._run([part])
             return
-        if len(parts) == 1 and parts[0].decodes:
-            seconds = perf_counter() - began
-            self._learned[parts[0].running.greedy].costs.record(parts[0].size - 1, seconds)
+        if len(parts) <= FEW and all(part.decodes for part in parts):
+            drafts = sum(part.size - 1 for part in parts)
+            costs = self._experience([part.running for part in parts]).costs(len(parts))
+            costs.record(drafts, perf_counter() - began)
         row = 0
         for part in parts:
             try:

@@ -9,10 +9,11 @@ compared with what would have been drafted, which tells how often drafts are rig
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import Final
 
 from engine.errors import EXIT_COULD_NOT_RUN, HaloError
@@ -298,29 +299,25 @@ class Experience:
 
     def __init__(self, setting: Speculation) -> None:
         self.setting = setting
-        self.costs = Costs(setting.limit)
         self.acceptance = Acceptance()
+        self._costs: dict[int, Costs] = {}
+
+    def costs(self, sequences: int) -> Costs:
+        """Those of steps that so many sequences share, by the drafts of all of them."""
+        return self._costs.setdefault(sequences, Costs(self.setting.limit))
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
         """A new request's drafts."""
         self.acceptance = Acceptance(self.acceptance.shares())
-        return Drafter(self.setting, self.costs, History(prompt_ids), self.acceptance)
+        return Drafter(History(prompt_ids), self.acceptance)
 
 
 @dataclass
 class Drafter:
-    """The drafts of one sequence: its history, its acceptance, and the costs of the engine that runs it."""
+    """The drafts of one sequence: its history and its acceptance."""
 
-    setting: Speculation
-    costs: Costs
     history: History
     acceptance: Acceptance
-
-    def next(self, tokens: Sequence[int], room: int) -> list[int]:
-        """Take the tokens that came, and draft what may follow them: at most `room`."""
-        for token in tokens:
-            self.observe(token)
-        return self.draft(room)
 
     def observe(self, token: int) -> None:
         """Take the next token of the sequence, drafted or not."""
@@ -329,13 +326,40 @@ class Drafter:
             self.acceptance.learn(history.length, history.tokens[history.source] == token)
         history.append(token)
 
-    def draft(self, room: int) -> list[int]:
-        """The tokens to verify with the next step, at most `room`."""
-        most = min(room, self.setting.limit)
-        if most <= 0 or not self.history.source:
-            return []
-        if self.setting.adaptive:
-            if self.costs.hopeless(self.acceptance.next(self.history.length)):
-                return []
-            most = self.costs.count(self.acceptance.ahead(self.history.length, most))
-        return self.history.draft(most) if most else []
+    def chance(self) -> float:
+        """That of the first draft; 0 where nothing matches."""
+        return self.acceptance.next(self.history.length) if self.history.source else 0.0
+
+    def reaches(self, count: int) -> Iterable[float]:
+        """The chance of each of `count` drafts that it and all before it are right."""
+        return accumulate(self.acceptance.ahead(self.history.length, count), mul)
+
+
+def draft_together(
+    drafters: Sequence[Drafter | None], rooms: Sequence[int], setting: Speculation, costs: Costs
+) -> list[list[int]]:
+    """The tokens that sequences verify in the step they share, at most so many each as `rooms` says.
+
+    Of all drafts, those that are reached with the largest chance are taken, as many as pay for all.
+    """
+    able = [i for i, one in enumerate(drafters) if one and rooms[i] > 0 and one.history.source]
+    drafts: list[list[int]] = [[] for _ in drafters]
+    firsts = [one.chance() for i in able if (one := drafters[i])]
+    if not firsts or (setting.adaptive and costs.hopeless(max(firsts) / len(drafters))):
+        return drafts
+    reaches = [
+        (reach, i)
+        for i in able
+        if (one := drafters[i])
+        for reach in one.reaches(min(rooms[i], setting.limit))
+    ]
+    reaches.sort(key=lambda pair: -pair[0])  # of one sequence's, a later one never comes first
+    del reaches[setting.limit :]
+    if setting.adaptive:
+        # A draft adds its reach to the tokens of the step, one a sequence: the rule of one sequence, scaled.
+        ratios = [after / before if before else 0.0 for (before, _), (after, _) in pairwise(reaches)]
+        del reaches[costs.count([reaches[0][0] / len(drafters), *ratios]) :]
+    for i, count in Counter(i for _, i in reaches).items():
+        if one := drafters[i]:
+            drafts[i] = one.history.draft(count)
+    return drafts

@@ -27,6 +27,7 @@ from engine.speculate import (
     OFF,
     PROBE_FIRST,
     RENEW,
+    SAMPLES,
     Acceptance,
     Costs,
     Experience,
@@ -35,6 +36,7 @@ from engine.speculate import (
     accept,
     best_count,
     default_speculation,
+    draft_together,
     fill_curve,
     least_chance,
     parse_speculation,
@@ -199,10 +201,14 @@ def test_a_request_begins_with_what_the_engine_learned_and_does_not_carry_its_ow
     learned = Experience(AUTO)
     first = learned.drafter([1, 2, 3])
     rng = random.Random(1)
-    first.next([rng.choice((5, 6, 7)) for _ in range(400)], 0)
+    for _ in range(400):
+        first.observe(rng.choice((5, 6, 7)))
     second = learned.drafter([1, 2])
     assert second.acceptance.ahead(2, 1)[0] == pytest.approx(first.acceptance.ahead(2, 1)[0], abs=0.1)
-    assert second.history.tokens == [1, 2] and second.next([5, 6, 7, 5], 9) == []
+    assert second.history.tokens == [1, 2]
+    for token in (5, 6, 7, 5):
+        second.observe(token)
+    assert draft_together([second], [9], ALWAYS[1], learned.costs(1)) == [[]]
 
 
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e3)), min_size=1, max_size=20))
@@ -510,8 +516,29 @@ def test_a_setting_that_means_nothing_is_refused_with_what_can_be_said(text):
 
 
 def test_a_drafter_without_room_drafts_nothing():
-    drafter = Experience(ALWAYS[1]).drafter([1, 2, 3, 1, 2])
-    assert drafter.next([], 0) == [] and drafter.next([], 2) == [3, 1]
+    drafter = Experience(AUTO).drafter([1, 2, 3, 1, 2])
+    costs = Costs(7)
+    assert draft_together([drafter, None], [0, 9], Speculation(7, False), costs) == [[], []]
+    assert draft_together([drafter], [2], Speculation(7, False), costs) == [[3, 1]]
+
+
+def test_sequences_that_share_a_step_share_the_drafts_that_pay():
+    """The likelier drafts are taken, whosever they are, and none where a wider step costs its tokens."""
+    sure = Experience(AUTO).drafter([*range(20), *range(15)])
+    doubtful = Experience(AUTO).drafter([1, 2, 3, 1, 2])
+    for _ in range(60):
+        sure.acceptance.learn(16, True)
+        doubtful.acceptance.learn(2, False)
+    few, free, dear = Speculation(9), Costs(9), Costs(9)
+    for drafts in range(10):
+        for _ in range(SAMPLES):
+            free.record(drafts, 1.0)
+            dear.record(drafts, 1.0 + drafts)
+    found = draft_together([doubtful, None, sure], [9, 9, 9], few, free)
+    assert found == [[], [], [*range(15, 20), *range(4)]]
+    assert len(draft_together([doubtful, None, sure], [9, 9, 5], few, free)[0]) == 4
+    assert draft_together([doubtful, None, sure], [9, 9, 9], few, dear) == [[], [], []]
+    assert sum(map(len, draft_together([sure] * 4, [9] * 4, Speculation(7, False), free))) == 7
 
 
 def test_a_bad_setting_is_refused_by_the_command_and_from_the_environment(tmp_path, monkeypatch):
