@@ -181,5 +181,5 @@ def _input(text: str) -> dict[str, Any]:
     """A call's arguments; of one that max_tokens cut, which is no JSON, there are none."""
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}

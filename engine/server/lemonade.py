@@ -103,7 +103,7 @@ async def _translated(request: Request) -> Request:
     body = await read_body(request)
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _with_body(request, body)  # its own endpoint says what is wrong with it
     if (value := fields.pop("repeat_penalty", None)) is not None:
         if "repetition_penalty" in fields:

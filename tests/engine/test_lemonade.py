@@ -67,7 +67,10 @@ def test_lemonades_name_of_a_field_is_understood_and_two_names_are_not(server):
     assert httpx.post(url, json={**body, "repeat_penalty": "much"}).status_code == 400
 
 
-@pytest.mark.parametrize("body", [b"", b"[1]", b"{", b'{"prompt": "\xff"}', b"[" * 50_000, b'{"a":' * 50_000])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[1]", b"{", b'{"prompt": "\xff"}', b'{"repeti\xf6ion": 1}', b"[" * 50_000, b'{"a":' * 50_000],
+)
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
 def test_a_body_that_is_none_is_refused_as_everywhere(server, path, body):
     answer = httpx.post(f"{server.url}/api/v1/{path}", content=body)
