@@ -63,7 +63,8 @@ class Answer:
     def take(self, piece: Piece) -> list[Event]:
         """What one more piece says."""
         self.output_tokens += piece.tokens
-        events = [event for each in (piece.text, *piece.calls) for event in self._said(each)]
+        found: list[str | CallDelta] = [piece.text, *piece.calls]
+        events = [event for each in found for event in self._said(each)]
         return events if piece.finish_reason is None else [*events, *self._end(piece)]
 
     def _said(self, found: str | CallDelta) -> list[Event]:
@@ -71,8 +72,8 @@ class Answer:
         events: list[Event] = []
         if isinstance(found, CallDelta):
             if found.id is not None:
-                call = {"id": _tool_id(found.id), "name": found.name, "input": {}}
-                events += self._open({"type": "tool_use", **call})
+                named = {"id": _tool_id(found.id), "name": found.name}
+                events += self._open({"type": "tool_use", **named, "input": {}})
             if found.arguments:
                 events.append(self._delta({"type": "input_json_delta", "partial_json": found.arguments}))
         elif found:

@@ -11,6 +11,7 @@ import msgspec
 
 from engine.chat import JINJA, Message, answer_has_leading_space, render
 from engine.errors import HaloError
+from engine.generate import ContextOverflow
 from engine.server.anthropic_schema import (
     ChoiceAny,
     ChoiceNone,
@@ -180,6 +181,19 @@ async def prepared_of(service: Service, request: MessagesRequest) -> Prepared:
             code="invalid_value",
         )
     ask = Ask(asked.turns, request.sampling(), 1, asked.tools, asked.choice, schema)
+    try:
+        prepared = await _fitting(service, ask, asked)
+    except ApiError as error:
+        if not isinstance(error.__cause__, ContextOverflow):
+            raise
+        # By how much it is too long decides what Claude Code leaves out: a lower bound is not enough.
+        exact = ContextOverflow(await count(service, asked), service.engine.context)
+        raise ApiError(400, exact.message, param=error.param, code=error.code) from exact
+    return prepared
+
+
+async def _fitting(service: Service, ask: Ask, asked: Conversation) -> Prepared:
+    """The work, with how the answer begins; raises ApiError where it does not fit."""
     prepared = await prepare(service, ask, NAMES)
     if not asked.begun:
         return prepared

@@ -37,6 +37,13 @@ def scripted(text: bytes, *, end: bool = True, context: int = 512, delay: float 
         yield server, session
 
 
+@pytest.fixture(scope="module")
+def any_server():
+    """A server for requests that are refused before anything runs."""
+    with scripted(b"x") as (server, _):
+        yield server
+
+
 def client_of(url: str, key: str = "none") -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=url, api_key=key, max_retries=0, timeout=30)
 
@@ -298,10 +305,9 @@ def test_without_tools_what_looks_like_a_call_is_text():
         ({"container": "c"}, "container"),
     ],
 )
-def test_tools_that_cannot_be_are_refused_by_name(extra, where):
-    with scripted(b"x") as (server, _):
-        said = error_of(server.url, {**ASK, **extra})
-        assert said["type"] == "invalid_request_error" and where in said["message"]
+def test_tools_that_cannot_be_are_refused_by_name(any_server, extra, where):
+    said = error_of(any_server.url, {**ASK, **extra})
+    assert said["type"] == "invalid_request_error" and where in said["message"]
 
 
 @pytest.mark.parametrize(
@@ -321,20 +327,18 @@ def test_tools_that_cannot_be_are_refused_by_name(extra, where):
         {"role": "user", "content": 5},
     ],
 )
-def test_blocks_that_cannot_be_read_are_refused_by_their_place(turn):
-    with scripted(b"x") as (server, _):
-        said = error_of(server.url, {**ASK, "messages": [turn]})
-        assert said["type"] == "invalid_request_error" and "messages[0]" in said["message"]
+def test_blocks_that_cannot_be_read_are_refused_by_their_place(any_server, turn):
+    said = error_of(any_server.url, {**ASK, "messages": [turn]})
+    assert said["type"] == "invalid_request_error" and "messages[0]" in said["message"]
 
 
 # --- errors
 
 
 @pytest.mark.parametrize("field", ["model", "max_tokens", "messages"])
-def test_what_is_required_is_named(field):
+def test_what_is_required_is_named(any_server, field):
     body = {name: value for name, value in ASK.items() if name != field}
-    with scripted(b"x") as (server, _):
-        assert field in error_of(server.url, body)["message"]
+    assert field in error_of(any_server.url, body)["message"]
 
 
 @pytest.mark.parametrize(
@@ -352,17 +356,15 @@ def test_what_is_required_is_named(field):
         ("stream", "yes"),
     ],
 )
-def test_what_is_out_of_its_range_is_named(field, value):
-    with scripted(b"x") as (server, _):
-        said = error_of(server.url, {**ASK, field: value})
-        assert said["type"] == "invalid_request_error" and field in said["message"]
+def test_what_is_out_of_its_range_is_named(any_server, field, value):
+    said = error_of(any_server.url, {**ASK, field: value})
+    assert said["type"] == "invalid_request_error" and field in said["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": "\xff"}', b"[" * 100_000])
-def test_a_body_that_is_no_request_is_refused(path, body):
-    with scripted(b"x") as (server, _):
-        assert error_of(server.url, body, path)["type"] == "invalid_request_error"
+def test_a_body_that_is_no_request_is_refused(any_server, path, body):
+    assert error_of(any_server.url, body, path)["type"] == "invalid_request_error"
 
 
 def test_a_prompt_that_is_too_long_is_anthropics_own_error_and_can_be_counted():
@@ -376,7 +378,7 @@ def test_a_prompt_that_is_too_long_is_anthropics_own_error_and_can_be_counted():
         count = client.messages.count_tokens(model="halo-test", messages=long).input_tokens
         words = message.split()
         assert message.startswith("prompt is too long: ") and message.endswith("tokens > 127 maximum")
-        assert 127 < int(words[4]) <= count
+        assert 127 < int(words[4]) == count
 
 
 def test_statuses_are_the_clients_own_exceptions():
@@ -389,6 +391,17 @@ def test_statuses_are_the_clients_own_exceptions():
         assert httpx.get(f"{server.url}/v1/messages").json()["error"]["type"] == "invalid_request_error"
         huge = b'{"model": "' + b"x" * (9 << 20)
         assert error_of(server.url, huge, status=413)["type"] == "request_too_large"
+
+
+def test_a_request_has_an_id_in_its_header_and_in_its_error():
+    with scripted(b"x") as (server, _):
+        good = httpx.post(f"{server.url}/v1/messages", json=ASK)
+        bad = httpx.post(f"{server.url}/v1/messages", json={})
+        assert good.headers["request-id"] and good.headers["request-id"] != bad.headers["request-id"]
+        assert bad.json()["request_id"] == bad.headers["request-id"]
+        with pytest.raises(anthropic.NotFoundError) as info:
+            client_of(server.url).messages.create(**{**ASK, "model": "gpt-9"})
+        assert info.value.request_id
 
 
 def test_a_failure_inside_a_stream_is_an_event():
