@@ -22,7 +22,7 @@ from engine.sampling import (
     is_greedy,
     is_narrowed,
     make_noise,
-    sample,
+    sample_with,
     settled,
 )
 from engine.sequence import TokenLogprob
@@ -95,7 +95,9 @@ class Sampler:
         self.edits = Edits(params, prompt_ids, vocab) if any(changes) or repeats or constraint else None
         self.narrowed = self.noise is not None and is_narrowed(params)
         self.is_plain = self.noise is None and self.edits is None
-        self._ahead: tuple[int, Future[NDArray[np.float32]]] | None = None  # position, and its noise
+        self._vocab = vocab
+        self._made: tuple[int, NDArray[np.float32] | None] = (-1, None)  # position, and its noise
+        self._ahead: tuple[int, Future[NDArray[np.float32]] | None] = (-1, None)  # ... as it is being made
         # Where the arg max of logit + row, or those near it, cannot decide.
         shifts = self.edits is not None and self.edits.shift is not None
         self.needs_all = params.logprobs is not None or repeats or (self.narrowed and shifts)
@@ -109,19 +111,27 @@ class Sampler:
 
     def fill(self, row: NDArray[np.float32], position: int) -> None:
         """Write what is added to the logits of the token at `position`."""
-        if self.noise is None:
-            row[:] = 0.0
-        elif self._ahead is not None and self._ahead[0] == position:
-            row[:] = self._ahead[1].result()
-        else:
-            row[:] = self.noise.scaled(position, len(row), self.params.temperature)
+        noise = self._row(position)
+        row[:] = 0.0 if noise is None else noise
         if self.edits is not None:
             row[:] = self.edits.shifted(row)
 
-    def order(self, position: int, vocab: int, pool: Executor) -> None:
+    def order(self, position: int, pool: Executor) -> None:
         """Have the noise of `position` made while the model runs."""
-        if self.noise is not None:
-            self._ahead = (position, pool.submit(self.noise.scaled, position, vocab, self.params.temperature))
+        if self.noise is not None and self._ahead[0] != position:
+            made = pool.submit(self.noise.scaled, position, self._vocab, self.params.temperature)
+            self._ahead = (position, made)
+
+    def _row(self, position: int) -> NDArray[np.float32] | None:
+        if self.noise is None:
+            return None
+        if self._made[0] != position:
+            at, ahead = self._ahead
+            if at == position and ahead is not None:
+                self._made = (position, ahead.result())
+            else:
+                self._made = (position, self.noise.scaled(position, self._vocab, self.params.temperature))
+        return self._made[1]
 
     def settle(self, drawn: Drawn) -> int | None:
         """The token of a draw, or None where only all logits can tell."""
@@ -137,7 +147,7 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32], position: int) -> int:
         """The token at `position` by its definition."""
-        return sample(logits, self.params, self.noise, position, self.edits)
+        return sample_with(logits, self.params, self._row(position), self.edits)
 
     def take(self, token: int) -> None:
         """The next token of the sequence, which does not end it."""
@@ -217,19 +227,24 @@ class Chooser:
             return Choices(self._again, rows, tokens=self._timed(self.session.run_argmax, *entries))
         narrowed = [sampler for sampler, _ in rows if sampler.narrowed]
         if all_logits or self._whole(rows, bool(narrowed), len(entries[0])):
+            self._order(rows, 0)
             return Choices(self._again, rows, logits=self._timed(self.session.run, *entries))
         if len(self._noise) < len(rows):
             self._noise = np.empty((len(rows), self._vocab), np.float32)
         noise = self._noise[: len(rows)]
         for row, (sampler, position) in zip(noise, rows, strict=True):
             sampler.fill(row, position)
-        if self._pool is not None:
-            for sampler, position in {id(sampler): (sampler, at) for sampler, at in rows}.values():
-                sampler.order(position + 1, self._vocab, self._pool)
+        self._order(rows, 1)
         depth = max((depth_of(sampler.params) for sampler in narrowed), default=0.0)
         drawn = self._timed(self.session.run_draw, *entries, noise, depth, NEAR if narrowed else 0)
         self._last = Choices(self._again, rows, drawn=drawn)
         return self._last
+
+    def _order(self, rows: Sequence[tuple[Sampler, int]], ahead: int) -> None:
+        """Have noise made while the model runs: of each sequence's last row here, or so many further."""
+        if self._pool is not None:
+            for sampler, position in {id(sampler): (sampler, at) for sampler, at in rows}.values():
+                sampler.order(position + ahead, self._pool)
 
     def _timed(self, call: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401
         began = perf_counter()

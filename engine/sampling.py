@@ -117,6 +117,18 @@ def sample(
     edits: Edits | None = None,
 ) -> int:
     """The token id at `position` from logits f32[vocab]; greedy (no noise) takes the lowest id on a tie."""
+    greedy = is_greedy(params) or noise is None
+    row = None if greedy or noise is None else noise.scaled(position, len(logits), params.temperature)
+    return sample_with(logits, params, row, edits)
+
+
+def sample_with(
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    row: NDArray[np.float32] | None,
+    edits: Edits | None = None,
+) -> int:
+    """As `sample`, with what is added to the logits (Noise.scaled); None: greedy."""
     best = int(np.argmax(logits))
     if not np.isfinite(logits[best]):
         raise HaloError(
@@ -125,9 +137,8 @@ def sample(
         )
     repeated = edits.repeated(logits) if edits else logits
     ranked = edits.shifted(repeated) if edits else logits
-    if is_greedy(params) or noise is None:
+    if row is None:
         return int(np.argmax(ranked))
-    row = noise.scaled(position, len(logits), params.temperature)
     values = repeated + (edits.shifted(row) if edits else row)
     if not is_narrowed(params):
         return int(np.argmax(values))

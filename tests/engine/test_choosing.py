@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.choosing import Chooser, Sampler, token_logprob
+from engine.choosing import LARGE, Chooser, Sampler, token_logprob
 from engine.edits import Edits
 from engine.errors import HaloError
-from engine.sampling import Noise, SamplingParams, make_noise
+from engine.sampling import Noise, SamplingParams, make_noise, sample
 from tests.engine.server_fixtures import FullLogits
 
 VOCAB = 211
@@ -228,3 +228,29 @@ def test_numbers_that_are_none_end_a_sequence_with_an_error() -> None:
     logits = np.full((1, VOCAB), np.nan, np.float32)
     with pytest.raises(HaloError, match="no numbers"):
         chosen([SamplingParams(logprobs=1)], logits)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.8, seed=4),
+        SamplingParams(temperature=0.8, seed=4, top_p=0.99999),  # never settled: all logits
+        SamplingParams(temperature=0.8, seed=4, top_k=3),
+        SamplingParams(temperature=0.8, seed=4, logit_bias=((7, 3.0),), logprobs=0),
+    ],
+)
+def test_noise_that_is_made_ahead_is_that_of_its_position(params: SamplingParams) -> None:
+    """Also where drafts were wrong, and the next position is not the one it was made for."""
+    vocab = LARGE + 5
+    session = Rows(np.zeros((0, vocab), np.float32))
+    chooser, rng = Chooser(session, vocab), np.random.default_rng(3)
+    samplers = [Sampler(params, np.array([1], np.int32), vocab, index) for index in range(2)]
+    for first, drafts in ((5, 0), (6, 2), (7, 0), (8, 3), (12, 0), (13, 0)):
+        rows = [(sampler, first + k) for sampler in samplers for k in range(drafts + 1)]
+        session.given = rng.standard_normal((len(rows), vocab)).astype(np.float32)
+        n = len(rows)
+        choices = chooser.run(([1] * n, [0] * n, list(range(n)), [True] * n), rows)
+        for k, (sampler, position) in enumerate(rows):
+            noise = make_noise(params.seed, samplers.index(sampler))
+            expected = sample(session.given[k], params, noise, position, sampler.edits)
+            assert choices.token(k) == expected, (position, k)
