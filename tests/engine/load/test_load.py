@@ -235,9 +235,7 @@ def _no_growth(loaded, count: int) -> None:
     seconds = time.perf_counter() - began
     loaded.settle()
     grown = loaded.own_memory() - memory
-    print(
-        f"{count} requests in {seconds:.0f} s, {count / seconds:.0f}/s; own memory {grown / 1e6:+.1f} MB"
-    )
+    print(f"{count} requests in {seconds:.0f} s, {count / seconds:.0f}/s; own memory {grown / 1e6:+.1f} MB")
     assert statuses == {200: count}
     assert grown < 8 * MEGABYTE
     assert loaded.descriptors() <= descriptors + 1
