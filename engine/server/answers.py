@@ -59,6 +59,22 @@ class Models(Struct):
     data: list[Model]
 
 
+class AnthropicModel(Struct):
+    """A model for a client that sends the header anthropic-version."""
+
+    id: str
+    type: Literal["model"]
+    display_name: str
+    created_at: str
+
+
+class AnthropicModels(Struct):
+    data: list[AnthropicModel]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class Usage(Struct):
     prompt_tokens: Count
     completion_tokens: Count

@@ -59,6 +59,7 @@ class Operation:
     streams: bool = False
     errors: tuple[int, ...] = ()
     media: str = JSON
+    anthropic: type | None = None  # the answer where the header anthropic-version is sent
 
 
 def post(path: str, summary: str, body: type, answer: type, *, streams: bool = True) -> Operation:
@@ -102,8 +103,8 @@ OPERATIONS: Final = (
     Operation("/health", "What runs here", answers.Health, errors=(503,)),
     Operation("/metrics", "Counters and histograms for Prometheus", None, media="text/plain"),
     Operation("/openapi.json", "This document", None),
-    Operation("/v1/models", "The models", answers.Models),
-    Operation("/v1/models/{id}", "One model", answers.Model, errors=(404,)),
+    Operation("/v1/models", "The models", answers.Models, anthropic=answers.AnthropicModels),
+    Operation("/v1/models/{id}", "One model", answers.Model, errors=(404,), anthropic=answers.AnthropicModel),
     post("/v1/chat/completions", "Answer a conversation", chat_schema.ChatRequest, answers.ChatCompletion),
     post("/v1/completions", "Continue a text", completions.CompletionRequest, answers.Completion),
     post("/v1/responses", "Answer an input", responses_schema.ResponsesRequest, answers.ResponseObject),
@@ -135,7 +136,7 @@ async def openapi(request: Request) -> Response:
 @cache
 def document(version: str, model: str) -> dict[str, Any]:
     """The whole document of a server that serves `model`."""
-    found = {kind for each in OPERATIONS for kind in (each.body, each.answer) if kind}
+    found = {kind for each in OPERATIONS for kind in (each.body, each.answer, each.anthropic) if kind}
     kinds = sorted(found | {answers.Error, answers.AnthropicError}, key=lambda kind: kind.__qualname__)
     schemas, components = msgspec.json.schema_components(kinds, ref_template=REF)
     refs = dict(zip(kinds, schemas, strict=True))
@@ -177,8 +178,14 @@ def _operation(operation: Operation, refs: Refs) -> dict[str, Any]:
         "operationId": f"{operation.method}{operation.path}".replace("/", "_"),
         "responses": _responses(operation, refs),
     }
-    if "{id}" in operation.path:
-        found["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    found["parameters"] = [
+        {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
+        for name, place, there in (
+            ("id", "path", "{id}" in operation.path),
+            ("anthropic-version", "header", operation.anthropic is not None),
+        )
+        if there
+    ]
     if operation.body is not None:
         content = {JSON: {"schema": refs[operation.body]}}
         found["requestBody"] = {"required": True, "content": content}
@@ -188,6 +195,8 @@ def _operation(operation: Operation, refs: Refs) -> dict[str, Any]:
 def _responses(operation: Operation, refs: Refs) -> dict[str, Any]:
     plain_text = {"type": "string" if operation.media != JSON else "object"}
     schema = refs[operation.answer] if operation.answer else plain_text
+    if operation.anthropic is not None:
+        schema = {"anyOf": [schema, refs[operation.anthropic]]}
     content: dict[str, Any] = {operation.media: {"schema": schema}}
     if operation.streams:
         content[STREAM] = {"schema": EVENT}

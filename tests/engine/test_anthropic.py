@@ -172,6 +172,17 @@ def test_the_answer_continues_a_last_turn_of_the_assistant():
         assert "white space" in said["message"]
 
 
+def test_the_models_are_listed_in_the_clients_own_shape():
+    with scripted(b"x") as (server, _):
+        client = client_of(server.url)
+        (model,) = client.models.list()
+        assert (model.id, model.type) == ("halo-test", "model") and model.created_at.year >= 1970
+        assert client.models.retrieve("halo-test").display_name == "halo-test"
+        with pytest.raises(anthropic.NotFoundError):
+            client.models.retrieve("other")
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["object"] == "model"
+
+
 # --- what goes in
 
 
