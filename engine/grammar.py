@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import HaloError
-from engine.tools import CallForm, Tool
+from engine.tools import MAX_DEPTH, CallForm, Tool, deeper_than
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from engine.tokenizer import TextTokenizer
 
 MAX_GRAMMAR: Final = 1 << 18  # characters of a schema
-MAX_DEPTH: Final = 64  # of a schema's own nesting
 _WHITESPACE: Final = r"[ ]|\n[ \t]{0,32}"
 _OPTIONS: Final = {"whitespace_pattern": _WHITESPACE}
 _KEPT: Final = 32  # compiled grammars
@@ -189,17 +188,6 @@ def _json(schema: dict[str, Any], *, lenient: bool = False) -> str:
     if len(text) > MAX_GRAMMAR:
         raise GrammarError(f"it is longer than {MAX_GRAMMAR} characters")
     return f"%json {text}"
-
-
-def deeper_than(value: object, depth: int) -> bool:
-    """Whether lists and objects of JSON are nested deeper; without recursion."""
-    level: list[object] = [value]
-    for _ in range(depth + 1):
-        inner = [list(each.values()) if isinstance(each, dict) else each for each in level]
-        level = [each for values in inner if isinstance(values, list) for each in values]
-        if not level:
-            return False
-    return True
 
 
 def _quoted(text: str) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+MAX_DEPTH: Final = 64  # of lists and objects of JSON within each other
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -44,12 +46,13 @@ class ToolCall:
     arguments: str
 
     def values(self) -> dict[str, Any] | str:
-        """The arguments as an object, or as they stand where they are none."""
+        """The arguments as an object, or as they stand where they are none, or too deep."""
         try:
             values = json.loads(self.arguments)
         except (ValueError, RecursionError):
             return self.arguments
-        return values if isinstance(values, dict) else self.arguments
+        sound = isinstance(values, dict) and not deeper_than(values, MAX_DEPTH)
+        return values if sound else self.arguments
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,14 @@ def describe(tools: Sequence[Tool]) -> str:
 def result(content: str) -> str:
     """What a function gave, where a template has no role for it."""
     return f"<tool_response>\n{content}\n</tool_response>"
+
+
+def deeper_than(value: object, depth: int) -> bool:
+    """Whether lists and objects of JSON are nested deeper; without recursion."""
+    level: list[object] = [value]
+    for _ in range(depth + 1):
+        inner = [list(each.values()) if isinstance(each, dict) else each for each in level]
+        level = [each for values in inner if isinstance(values, list) for each in values]
+        if not level:
+            return False
+    return True

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from engine.grammar import MAX_DEPTH, deeper_than
 from engine.sampling import SamplingParams
 from engine.server.errors import ApiError
-from engine.tools import Tool, ToolChoice
+from engine.tools import MAX_DEPTH, Tool, ToolChoice, deeper_than
 
 MAX_CHOICES: Final = 128  # choices of one request: prompts times n
 MAX_STOPS: Final = 16

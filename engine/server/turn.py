@@ -59,7 +59,9 @@ async def prepare(service: Service, ask: Ask, names: Names = Names()) -> Prepare
     tools = ask.choice.allowed(ask.tools)
     ids = await encode_chat(service, ask.turns, tools, names.messages)
     constraint = await _constraint(service, ask, tools, names)
-    strip = constraint is not None or answer_has_leading_space(service.engine.card.chat_template)
+    # A grammar of JSON or of calls allows white space before them, as models begin an answer.
+    is_json = ask.schema is not None or ask.choice.mode == "required"
+    strip = is_json or answer_has_leading_space(service.engine.card.chat_template)
     works = [
         Work(
             ids,

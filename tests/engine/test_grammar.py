@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from engine.chat import stop_ids
-from engine.grammar import GrammarError, Grammars, call_grammar, deeper_than, json_grammar, text_grammar
-from engine.tools import FORMS, Tool
+from engine.grammar import GrammarError, Grammars, call_grammar, json_grammar, text_grammar
+from engine.tools import FORMS, Tool, deeper_than
 from tests.engine.server_fixtures import EOS, EOT, TOKENIZER
 from tests.engine.test_tools import read
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import httpx
@@ -411,6 +412,41 @@ def test_a_conversation_is_the_continuation_of_its_rendered_prompt(demo):
     prompt = post(demo.url, "/tokenize", {"messages": USER}).json()["tokens"]
     text = post(demo.url, "/v1/completions", {"prompt": prompt, **asked}).json()
     assert chat["choices"][0]["token_ids"] == text["choices"][0]["token_ids"]
+
+
+def test_what_is_asked_together_is_answered_as_alone(demo):
+    """Schemas, forced calls, log probabilities, penalties and bias in one batch: the same to the bit."""
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": Plan.model_json_schema()}}
+    kinds = (
+        {"response_format": schema, "max_tokens": 60},
+        {"tools": TOOLS, "tool_choice": "required", "max_tokens": 40},
+        {"logprobs": True, "top_logprobs": 3, "max_tokens": 12},
+        {"frequency_penalty": 1, "repetition_penalty": 1.2, "max_tokens": 20},
+        {"logit_bias": {"70": 3}, "min_p": 0.05, "n": 2, "max_tokens": 20},
+    )
+    bodies = [
+        {"messages": USER, "seed": seed, "return_token_ids": True, "temperature": (seed % 3) / 2} | kind
+        for seed in range(3)
+        for kind in kinds
+    ]
+
+    def ask(body: dict) -> list:
+        choices = post(demo.url, "/v1/chat/completions", body).json()["choices"]
+        return [(choice["token_ids"], choice["finish_reason"], choice["logprobs"]) for choice in choices]
+
+    alone = [ask(body) for body in bodies]
+    order = random.Random(1).sample(range(len(bodies)), len(bodies))
+    with ThreadPoolExecutor(8) as pool:
+        together = dict(zip(order, pool.map(lambda i: ask(bodies[i]), order), strict=True))
+    assert [together[i] for i in range(len(bodies))] == alone
+
+
+def test_a_prompt_that_is_too_long_is_told_in_openais_words(demo):
+    messages = [{"role": "user", "content": "word " * 30_000}]
+    with pytest.raises(openai.BadRequestError) as info:
+        client_of(demo.url).chat.completions.create(model=demo.service.model, messages=messages)
+    assert info.value.code == "context_length_exceeded" and info.value.param == "messages"
+    assert "maximum context length is" in info.value.message
 
 
 # --- streams

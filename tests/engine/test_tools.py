@@ -219,5 +219,6 @@ def test_halos_own_template_tells_the_tools_and_forges_nothing():
 def test_arguments_that_are_no_object_stay_as_they_are():
     assert ToolCall("", "f", "{bad").values() == "{bad"
     assert ToolCall("", "f", "[1]").values() == "[1]"
-    assert ToolCall("", "f", "[" * 100_000).values() == "[" * 100_000
+    for deep in ("[" * 100_000, '{"a":' * 900 + "{}" + "}" * 900, '{"a":' * 65 + "{}" + "}" * 65):
+        assert ToolCall("", "f", deep).values() == deep
     assert json.loads(TAGGED.spell([ToolCall("", "f", "{bad")])[12:-13])["arguments"] == "{bad"
