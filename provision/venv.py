@@ -18,6 +18,11 @@ from provision.layout import in_a_home
 from provision.run import Log, Result, failure, run
 
 VERSIONS: Final = ((3, 11), (3, 12), (3, 13), (3, 14))
+COMPILED_SOURCES: Final = ("engine", "provision", "checks", "units")
+COMPILED_PACKAGES: Final = (
+    "anyio", "h11", "idna", "jinja2", "llguidance", "markupsafe", "msgspec", "numpy", "prometheus_client",
+    "starlette", "tiktoken", "uvicorn",
+)  # fmt: skip
 _PROBE: Final = """
 import importlib.util as u, json, os, sys, sysconfig
 found = u.find_spec("ensurepip")
@@ -152,6 +157,18 @@ def install(
             hint="check the network and pip's settings (pip config list), or use a bundle: --bundle FILE",
         )
     raise failure(result, what=what)
+
+
+def compile_modules(venv: Path, python: Interpreter, source: Path, log: Log) -> None:
+    """Write the bytecode of what the service imports: it may write nowhere, and would compile each time."""
+    packages = site_packages(venv, python)
+    folders = [
+        *(source / name for name in COMPILED_SOURCES),
+        *(packages / name for name in COMPILED_PACKAGES),
+    ]
+    found = [folder for folder in folders if folder.is_dir()]
+    # A package may carry a file of another Python's syntax; what is not compiled is compiled when imported.
+    run([venv / "bin/python", "-I", "-m", "compileall", "-q", *found], log=log, check=False, timeout=300)
 
 
 def has_feature(name: str) -> bool:

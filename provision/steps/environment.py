@@ -9,7 +9,7 @@ from engine.errors import HaloError
 from provision.context import Context
 from provision.files import atomic_write, copy_files, remove_tree, source_files
 from provision.generations import MANIFEST, SOURCE_NAMES
-from provision.venv import create, install, pip_command, site_packages
+from provision.venv import compile_modules, create, install, pip_command, site_packages
 
 _LAUNCHER: Final = """#!/bin/sh
 # The halo of this generation. It knows its own place, so that a rollback takes it along.
@@ -52,4 +52,5 @@ def ensure_venv(ctx: Context, *, packages: bool = True) -> None:
     with ctx.change("engine", "install the Python packages of requirements.lock"):
         lock = ctx.source / "provision/requirements.lock"
         install(pip, lock, ctx.log, wheels=ctx.wheels, tick=ctx.screen.tick)
+        compile_modules(venv, python, ctx.directory / "src", ctx.log)
     marker.touch()
