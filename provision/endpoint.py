@@ -44,12 +44,12 @@ def health(listen: str, timeout: float = 5) -> dict[str, Any] | None:
 def wait_for_generation(
     listen: str, name: str, tick: Callable[[], None], timeout: float = 180
 ) -> dict[str, Any]:
-    """Wait until the server that answers is generation `name`; raises HaloError when it never is."""
+    """Wait until the server that answers is generation `name`, loaded; raises HaloError when it never is."""
     deadline = time.monotonic() + timeout
     answer: dict[str, Any] | None = None
     while time.monotonic() < deadline:
         answer = health(listen, timeout=min(30.0, max(1.0, deadline - time.monotonic())))
-        if answer is not None and answer.get("generation") == name:
+        if answer is not None and answer.get("generation") == name and not answer.get("loading"):
             return answer
         tick()
         time.sleep(0.1)
