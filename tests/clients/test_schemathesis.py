@@ -30,7 +30,7 @@ def cases(url: str, *more: str) -> int:
 def test_some_hundred_cases_find_nothing() -> None:
     """Over a script in the place of the weights; /ppl needs weights."""
     with running(make_engine(ScriptedSession([*byte_tokens(b"hello"), EOT]), context=128)) as server:
-        more = ("--phases", "fuzzing", "--max-examples", "12", "--exclude-path-regex", "^/(ppl|api/v0)")
+        more = ("--phases", "fuzzing", "--max-examples", "18", "--exclude-path-regex", "^/(ppl|api/v0)")
         assert cases(server.url, *more) >= 200
 
 

@@ -19,6 +19,7 @@ from tests.engine.server_fixtures import (
     wait_until,
 )
 
+CLIENT = httpx.Client(verify=False, timeout=30)  # one, for certificates take their time to load
 HELLO = [{"role": "user", "content": "Hello"}]
 ASK = {"model": "claude-halo", "max_tokens": 64, "messages": HELLO}
 WEATHER = {
@@ -51,7 +52,7 @@ def client_of(url: str, key: str = "none") -> anthropic.Anthropic:
 def events_of(url: str, body: dict) -> list[tuple[str, dict]]:
     """(event's name, its data) of a raw stream."""
     found = []
-    with httpx.stream("POST", f"{url}/v1/messages", json={**body, "stream": True}, timeout=30) as stream:
+    with CLIENT.stream("POST", f"{url}/v1/messages", json={**body, "stream": True}) as stream:
         assert stream.status_code == 200, stream.read()
         assert stream.headers["content-type"].startswith("text/event-stream")
         name = ""
@@ -66,7 +67,7 @@ def events_of(url: str, body: dict) -> list[tuple[str, dict]]:
 def error_of(url: str, body: object, path: str = "/v1/messages", status: int = 400) -> dict:
     """The error of a request that must fail, which must have Anthropic's form."""
     content = body if isinstance(body, bytes) else json.dumps(body)
-    answer = httpx.post(url + path, content=content)
+    answer = CLIENT.post(url + path, content=content)
     assert answer.status_code == status, answer.text
     found = answer.json()
     assert set(found) == {"type", "error", "request_id"} and found["type"] == "error"

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from engine.server.openapi import EVENT, OPERATIONS, document
 from tests.engine.server_fixtures import EOT, ScriptedSession, byte_tokens, make_engine, running
 
+CLIENT = httpx.Client(verify=False, timeout=60)  # one, for certificates take their time to load
 TURNS = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": TURNS},
@@ -85,7 +86,7 @@ def test_what_is_answered_is_what_is_documented(server, doc, operation):
     if operation.path == "/ppl":
         pytest.skip("a script scores nothing; tests/clients/test_predecessor.py asks the native engine")
     path = operation.path.replace("{id}", "halo-test")
-    answer = httpx.request(operation.method, server.url + path, json=BODIES.get(operation.path), timeout=60)
+    answer = CLIENT.request(operation.method, server.url + path, json=BODIES.get(operation.path))
     responses = doc["paths"][operation.path][operation.method]["responses"]
     found = responses[str(answer.status_code)]["content"]
     media = answer.headers["content-type"].partition(";")[0]
@@ -97,7 +98,7 @@ def test_what_is_answered_is_what_is_documented(server, doc, operation):
 @pytest.mark.parametrize("path", [path for path in BODIES if path != "/v1/messages/count_tokens"])
 def test_what_is_refused_is_what_is_documented(server, doc, path):
     for body, status in ((b"{", 400), (b"x" * (5 << 20), 413)):
-        answer = httpx.post(server.url + path, content=body, timeout=60)
+        answer = CLIENT.post(server.url + path, content=body)
         assert answer.status_code == status, answer.text
         found = doc["paths"][path]["post"]["responses"][str(status)]["content"]["application/json"]
         validator(doc, found["schema"]).validate(answer.json())
@@ -108,7 +109,7 @@ def test_what_is_refused_is_what_is_documented(server, doc, path):
 )
 def test_a_stream_has_the_documented_events(server, doc, operation):
     body = {**BODIES[operation.path], "stream": True}
-    answer = httpx.post(server.url + operation.path, json=body, timeout=60)
+    answer = CLIENT.post(server.url + operation.path, json=body)
     content = doc["paths"][operation.path]["post"]["responses"]["200"]["content"]
     assert answer.headers["content-type"].partition(";")[0] in content
     events = [block for block in answer.text.split("\n\n") if block and not block.startswith(":")]
