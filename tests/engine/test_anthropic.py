@@ -21,7 +21,9 @@ from tests.engine.server_fixtures import (
 
 CLIENT = httpx.Client(verify=False, timeout=30)  # one, for certificates take their time to load
 HELLO = [{"role": "user", "content": "Hello"}]
-ASK = {"model": "claude-halo", "max_tokens": 64, "messages": HELLO}
+PLAIN = {"model": "claude-halo", "max_tokens": 64, "messages": HELLO}
+BODY = {**PLAIN, "temperature": 0}
+ASK = {**PLAIN, "extra_body": {"temperature": 0}}  # the client's newest version has no temperature
 WEATHER = {
     "name": "weather",
     "description": "The weather of a city.",
@@ -94,7 +96,7 @@ def test_a_message_and_its_stream_are_the_same():
 
 def test_the_events_come_in_anthropics_order_and_each_names_itself():
     with scripted(b"ab") as (server, _):
-        events = events_of(server.url, ASK)
+        events = events_of(server.url, BODY)
     assert [name for name, _ in events] == [
         "message_start",
         "content_block_start",
@@ -122,7 +124,7 @@ def test_the_events_come_in_anthropics_order_and_each_names_itself():
 def test_an_answer_without_text_has_no_block():
     with scripted(b"") as (server, _):
         assert client_of(server.url).messages.create(**ASK).content == []
-        names = [name for name, _ in events_of(server.url, ASK)]
+        names = [name for name, _ in events_of(server.url, BODY)]
         assert names == ["message_start", "message_delta", "message_stop"]
 
 
@@ -169,7 +171,7 @@ def test_the_answer_continues_a_last_turn_of_the_assistant():
         plain = client.messages.count_tokens(**ask).input_tokens
         more = client.messages.count_tokens(model="halo-test", messages=begun).input_tokens
         assert more - plain == len(server.service.engine.tokenizer.encode("The answer is ("))
-        said = error_of(server.url, {**ASK, "messages": [*HELLO, {"role": "assistant", "content": "So "}]})
+        said = error_of(server.url, {**BODY, "messages": [*HELLO, {"role": "assistant", "content": "So "}]})
         assert "white space" in said["message"]
 
 
@@ -238,7 +240,7 @@ def test_unknown_fields_and_vendors_fields_are_tolerated():
     with scripted(b"ok") as (server, _):
         answer = httpx.post(
             f"{server.url}/v1/messages?beta=true",
-            json={**ASK, **extra, "messages": turns},
+            json={**BODY, **extra, "messages": turns},
             headers={"anthropic-version": "2023-06-01", "anthropic-beta": "a-2025-01-01"},
         )
         assert answer.status_code == 200 and answer.json()["content"][0]["text"] == "ok"
@@ -318,7 +320,7 @@ def test_without_tools_what_looks_like_a_call_is_text():
     ],
 )
 def test_tools_that_cannot_be_are_refused_by_name(any_server, extra, where):
-    said = error_of(any_server.url, {**ASK, **extra})
+    said = error_of(any_server.url, {**BODY, **extra})
     assert said["type"] == "invalid_request_error" and where in said["message"]
 
 
@@ -340,7 +342,7 @@ def test_tools_that_cannot_be_are_refused_by_name(any_server, extra, where):
     ],
 )
 def test_blocks_that_cannot_be_read_are_refused_by_their_place(any_server, turn):
-    said = error_of(any_server.url, {**ASK, "messages": [turn]})
+    said = error_of(any_server.url, {**BODY, "messages": [turn]})
     assert said["type"] == "invalid_request_error" and "messages[0]" in said["message"]
 
 
@@ -349,7 +351,7 @@ def test_blocks_that_cannot_be_read_are_refused_by_their_place(any_server, turn)
 
 @pytest.mark.parametrize("field", ["model", "max_tokens", "messages"])
 def test_what_is_required_is_named(any_server, field):
-    body = {name: value for name, value in ASK.items() if name != field}
+    body = {name: value for name, value in BODY.items() if name != field}
     assert field in error_of(any_server.url, body)["message"]
 
 
@@ -369,7 +371,7 @@ def test_what_is_required_is_named(any_server, field):
     ],
 )
 def test_what_is_out_of_its_range_is_named(any_server, field, value):
-    said = error_of(any_server.url, {**ASK, field: value})
+    said = error_of(any_server.url, {**BODY, field: value})
     assert said["type"] == "invalid_request_error" and field in said["message"]
 
 
@@ -407,7 +409,7 @@ def test_statuses_are_the_clients_own_exceptions():
 
 def test_a_request_has_an_id_in_its_header_and_in_its_error():
     with scripted(b"x") as (server, _):
-        good = httpx.post(f"{server.url}/v1/messages", json=ASK)
+        good = httpx.post(f"{server.url}/v1/messages", json=BODY)
         bad = httpx.post(f"{server.url}/v1/messages", json={})
         assert good.headers["request-id"] and good.headers["request-id"] != bad.headers["request-id"]
         assert bad.json()["request_id"] == bad.headers["request-id"]
@@ -419,7 +421,7 @@ def test_a_request_has_an_id_in_its_header_and_in_its_error():
 def test_a_failure_inside_a_stream_is_an_event():
     with scripted(b"abc") as (server, session):
         session.fail = True
-        events = events_of(server.url, ASK)
+        events = events_of(server.url, BODY)
         name, data = events[-1]
         assert name == "error" and data["error"]["type"] == "api_error" and data["type"] == "error"
         assert client_of(server.url).messages.create(**ASK).stop_reason == "end_turn"
@@ -427,7 +429,7 @@ def test_a_failure_inside_a_stream_is_an_event():
 
 def test_a_reader_who_leaves_ends_the_work():
     with scripted(b"x", end=False, delay=0.01, context=2048) as (server, session):
-        body = {**ASK, "max_tokens": 2000, "stream": True}
+        body = {**BODY, "max_tokens": 2000, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/messages", json=body, timeout=30) as stream:
             next(stream.iter_lines())
         wait_until(lambda: server.service.runner.counts()[0] == 0)
@@ -439,7 +441,7 @@ def test_a_stream_that_waits_says_nothing_before_its_start(monkeypatch):
     monkeypatch.setattr("engine.server.service.PING_SECONDS", 0.02)
     with scripted(b"ok") as (server, session):
         session.gate.clear()
-        with httpx.stream("POST", f"{server.url}/v1/messages", json={**ASK, "stream": True}) as stream:
+        with httpx.stream("POST", f"{server.url}/v1/messages", json={**BODY, "stream": True}) as stream:
             lines = stream.iter_lines()
             waited = [line for _, line in zip(range(6), lines, strict=False)]
             session.gate.set()

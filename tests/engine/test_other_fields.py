@@ -26,7 +26,7 @@ from tests.engine.server_fixtures import EOT, ScriptedSession, byte_tokens, make
 PAGE = Path(__file__).parents[2] / "docs" / "api-fields.md"
 TURNS = [{"role": "user", "content": "hi"}]
 BASES: dict[str, dict[str, Any]] = {
-    MESSAGES: {"model": "halo-test", "messages": TURNS, "max_tokens": 20},
+    MESSAGES: {"model": "halo-test", "messages": TURNS, "max_tokens": 20, "temperature": 0},
     COUNT: {"model": "halo-test", "messages": TURNS},
     PPL: {"text": "A text that is scored, word after word."},
     LEMONADE_CHAT: {"messages": TURNS, "max_tokens": 2},
