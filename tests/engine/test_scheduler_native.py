@@ -216,3 +216,24 @@ def test_a_long_prompt_runs_in_steps_that_leave_room_for_a_stream(session: Sessi
         scheduler.step()
         steps += 1
     assert steps >= 280 // AGAIN + 1 and len(stream.events) >= before + steps
+
+
+@pytest.mark.parametrize("room", [0, 300])
+def test_a_draw_and_what_is_near_it_do_not_know_who_shares_the_pass(session: Session, room: int) -> None:
+    if session.facts["kv"] != "int8":
+        return
+    rng = np.random.default_rng(6)
+    noise = rng.gumbel(size=(20, session.config.vocab_size)).astype(np.float32)
+    prompt = [int(token) for token in rng.integers(0, 200, 40)]
+    session.prefill(0, prompt)
+    want = [True] * 20
+    together = session.run_draw(prompt[20:], [0] * 20, range(20, 40), want, noise, 1.5, room)
+    for row, one in enumerate(together):
+        position = 20 + row
+        (alone,) = session.run_draw(
+            prompt[position : position + 1], [0], [position], [True], noise[row : row + 1], 1.5, room
+        )
+        assert alone.token == one.token
+        for left, right in ((alone.ids, one.ids), (alone.logits, one.logits)):
+            assert (left is None and right is None) or np.array_equal(left, right)  # type: ignore[arg-type]
+    assert not room or any(one.ids is not None for one in together)
