@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Final
 
 from engine.device import DeviceLost
+from engine.errors import HaloError
 from engine.generate import Engine
 from engine.observer import Gauges, Observer
 from engine.request import DeadlinePassed as DeadlinePassed
@@ -83,7 +84,7 @@ class Runner:
     ) -> None:
         self.engine = engine
         self.queue_limit = queue_limit
-        self.lost: DeviceLost | None = None  # why the engine's thread ended by itself
+        self.lost: HaloError | None = None  # why the engine's thread ended by itself
         self.scheduler = engine.scheduler
         self.scheduler.queue_limit = queue_limit
         self.scheduler.deliver = _deliver
@@ -137,7 +138,6 @@ class Runner:
 
     def _loop(self) -> None:
         scheduler = self.scheduler
-        error: Exception | None = None
         try:
             while not self._stopping:
                 with scheduler.change:
@@ -147,11 +147,11 @@ class Runner:
                 scheduler.step()
                 self._step_began = None
         except DeviceLost as lost:
-            self.lost = error = lost  # whoever waits is told, and the server ends (serve.py)
-        except Exception as unknown:
+            self.lost = lost  # whoever waits is told, and the server ends (serve.py)
+        except Exception as error:
             log.exception("the scheduler failed")
-            error = unknown
-        scheduler.end_all(error)
+            self.lost = HaloError(f"The engine's thread failed: {error!r}.", hint="the log has the reason")
+        scheduler.end_all(self.lost)
 
 
 def _deliver(events: list[Delivery]) -> None:

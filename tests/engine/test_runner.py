@@ -17,6 +17,7 @@ from engine.device import DeviceLost
 from engine.errors import HaloError
 from engine.generate import Engine
 from engine.locate import ModelCard
+from engine.observer import Observer
 from engine.request import DeadlinePassed, QueueFull, Work
 from engine.sampling import SamplingParams
 from engine.sequence import Step
@@ -180,6 +181,26 @@ def test_a_lost_device_is_told_to_all_and_to_those_who_come_later() -> None:
             await until(lambda: not runner.alive())
             assert runner.lost is session.lost
             with pytest.raises(DeviceLost):
+                runner.submit([work(5, 6)])
+
+    run(test)
+
+
+def test_a_bug_in_the_engines_thread_ends_it_and_nobody_waits() -> None:
+    class Broken(Observer):
+        def step(self, native_s: float, wall_s: float, decode_entries: int, prefill_entries: int) -> None:
+            raise ZeroDivisionError("a counter broke")
+
+    async def test() -> None:
+        async with running(SlotSession(1)) as runner:
+            runner.scheduler.observer = Broken()
+            jobs = [runner.submit([work(5, 6 + i)]) for i in range(3)]
+            for job in jobs:
+                with pytest.raises(HaloError, match="a counter broke"):
+                    await collect(job)
+            await until(lambda: not runner.alive())
+            assert runner.lost is not None
+            with pytest.raises(HaloError, match="thread failed"):
                 runner.submit([work(5, 6)])
 
     run(test)
