@@ -71,7 +71,7 @@ _SAMPLING: Final = {
     "ignore_eos": "extension; goes on after the model's own end",
     "top_k": "extension; -1 and 0 are off",
     "min_p": "extension; 0 to 1, a share of the likeliest token's probability",
-    "repetition_penalty": "extension; above 0, over prompt and answer, as Hugging Face has it",
+    "repetition_penalty": "extension; 0.01 to 10, over prompt and answer, as Hugging Face has it",
     "seed": "the same seed gives the same tokens, alone or in a batch",
     "stop": "a string or up to 16; found across token borders, never sent",
     "presence_penalty": "-2 to 2, over the answer",

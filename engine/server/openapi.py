@@ -76,13 +76,13 @@ def plain(path: str, summary: str, body: type, answer: type) -> Operation:
 class LemonadeChatRequest(chat_schema.ChatRequest, kw_only=True):
     """POST /api/v1/chat/completions: with Lemonade's name of repetition_penalty."""
 
-    repeat_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=10)] | None = None
 
 
 class LemonadeCompletionRequest(completions.CompletionRequest, kw_only=True):
     """POST /api/v1/completions."""
 
-    repeat_penalty: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=10)] | None = None
 
 
 def lemonade(version: str) -> list[Operation]:

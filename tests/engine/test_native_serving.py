@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -108,11 +109,12 @@ def served(directory: Path, library: Path, *args: str):
     env = {**os.environ, "HALO_MODEL": str(directory), "HALO_LIB_DIR": str(library.parent)}
     env.pop("HALO_GENERATION_DIR", None)
     command = [sys.executable, "-m", "tests.engine.commands_main", "serve", "--port", str(port), *args]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (no pipe: nobody reads it, and a full one stops the server)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, (log.seek(0), log.read())
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{url}/health").status_code == 200
         return False
@@ -125,7 +127,7 @@ def served(directory: Path, library: Path, *args: str):
     finally:
         process.kill()
         process.wait(10)
-        process.stderr.close()
+        log.close()
 
 
 def test_the_served_tokens_are_the_oracles(tiny, native_library):
