@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -50,11 +51,7 @@ def render(
         if message.role not in ROLES:
             raise HaloError(f"Unknown role {message.role!r}.", hint=f"known are {', '.join(ROLES)}.")
     if template == JINJA:
-        compiled = chat_template(tokenizer)
-        if not compiled.takes_tools:
-            messages, tools = flatten(messages, tools), ()
-        turns = [_turn(message) for message in messages]
-        return encode_parts(compiled.render(turns, tools=[tool.function() for tool in tools]), tokenizer)
+        return encode_parts(_parts(messages, chat_template(tokenizer), tools), tokenizer)
     messages = flatten(messages, tools)
     ids = [tokenizer.bos]
     for message in messages:
@@ -95,17 +92,64 @@ def call_form(tokenizer: TextTokenizer, template: str) -> CallForm:
     return calling.form_of(tokenizer.chat_template)
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    """A message as Jinja templates take it (transformers' form)."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.values()}}
-            for call in message.tool_calls
-        ]
-    if message.tool_call_id is not None:
-        turn["tool_call_id"] = message.tool_call_id
-    return turn
+def _parts(messages: Sequence[Message], template: ChatTemplate, tools: Sequence[Tool]) -> list[Part]:
+    """Through a checkpoint's own template; the refusal is that of the conversation as it is.
+
+    Some templates know one call a turn, or cannot read some schema. So what they refuse is tried with each
+    call in a turn of its own, then with calls and tools as text.
+    """
+    functions = [tool.function() for tool in tools]
+    if not template.takes_tools:
+        return template.render(_turns(flatten(messages, tools)))
+    try:
+        return template.render(_turns(messages), tools=functions)
+    except HaloError:
+        if not tools and all(message.role != "tool" and not message.tool_calls for message in messages):
+            raise
+        with suppress(HaloError):
+            return template.render(_turns(one_call_a_turn(messages)), tools=functions)
+        with suppress(HaloError):
+            return template.render(_turns(flatten(messages, tools)))
+        raise
+
+
+def one_call_a_turn(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with several calls of one turn taken apart, each before what it gave."""
+    turns: list[Message] = []
+    results = {message.tool_call_id: message for message in messages if message.role == "tool"}
+    told: set[str | None] = set()
+    for message in messages:
+        if len(message.tool_calls) < 2:
+            turns += [] if message.role == "tool" and message.tool_call_id in told else [message]
+            continue
+        for number, call in enumerate(message.tool_calls):
+            turns.append(Message(message.role, "" if number else message.content, (call,)))
+            if call.id in results and call.id not in told:
+                turns.append(results[call.id])
+                told.add(call.id)
+    return turns
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as Jinja templates take them (transformers' form); a result has its function's name too."""
+    turns: list[dict[str, Any]] = []
+    names: dict[str | None, str] = {}
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.values()},
+                }
+                for call in message.tool_calls
+            ]
+            names |= {call.id: call.name for call in message.tool_calls}
+        if message.role == "tool":
+            turn |= {"tool_call_id": message.tool_call_id or "", "name": names.get(message.tool_call_id, "")}
+        turns.append(turn)
+    return turns
 
 
 def chat_template(tokenizer: TextTokenizer) -> ChatTemplate:

@@ -31,9 +31,14 @@ class Tool:
             return {"type": "object", "properties": {}, "additionalProperties": False}
         return self.parameters
 
+    def told(self) -> dict[str, Any]:
+        """The schema as templates count on it: an object's, with properties."""
+        schema = self.schema()
+        return schema if "properties" in schema else {"type": "object", "properties": {}} | schema
+
     def function(self) -> dict[str, Any]:
         """As chat templates take it: {"type": "function", "function": {...}}."""
-        function = {"name": self.name, "description": self.description, "parameters": self.schema()}
+        function = {"name": self.name, "description": self.description, "parameters": self.told()}
         return {"type": "function", "function": function}
 
 

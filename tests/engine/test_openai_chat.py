@@ -308,6 +308,30 @@ def test_a_schemas_answer_cut_by_the_limit_is_length_and_no_error(demo):
     assert choice["finish_reason"] == "length" and choice["message"]["content"].startswith('"')
 
 
+def test_a_grammar_that_fails_midway_fails_its_request_alone(demo, monkeypatch):
+    """llguidance has limits of its own: what goes beyond them is an error with a reason, and no more."""
+    from engine.errors import HaloError
+    from engine.grammar import GrammarConstraint
+
+    masks, real = [], GrammarConstraint.mask
+
+    def mask(self):
+        masks.append(1)
+        if len(masks) > 3:
+            raise HaloError("The grammar of this answer became too complex.", hint="ask for less")
+        return real(self)
+
+    body = {"messages": USER, "response_format": {"type": "json_object"}, "max_tokens": 30}
+    with monkeypatch.context() as patch:
+        patch.setattr(GrammarConstraint, "mask", mask)
+        whole = post(demo.url, "/v1/chat/completions", body)
+        stream = post(demo.url, "/v1/chat/completions", body | {"stream": True})
+    assert whole.status_code == 500 and "too complex" in whole.json()["error"]["message"]
+    assert stream.status_code == 200 and "too complex" in stream.text
+    assert stream.text.endswith("data: [DONE]\n\n")
+    assert post(demo.url, "/v1/chat/completions", body).status_code == 200
+
+
 def test_json_object_is_json(demo):
     for seed in range(5):
         body = {"messages": USER, "response_format": {"type": "json_object"}, "max_tokens": 120, "seed": seed}

@@ -205,6 +205,53 @@ def test_no_text_of_a_call_a_result_or_a_tool_makes_a_special_token(spelled):
     assert [part for part in parts if isinstance(part, int)] == [7, 8] * 4 + [7]
 
 
+ONE_CALL = (
+    "{% for message in messages %}{% if message.tool_calls %}{% if message.tool_calls | length > 1 %}"
+    "{{ raise_exception('one call at once') }}{% endif %}"
+    "{% set call = message.tool_calls[0].function %}<|im_start|>{{ call.name }}{{ call.arguments | tojson }}"
+    "<|im_end|>{% elif message.role == 'tool' %}"
+    "{% if not message.name %}{{ raise_exception('a name is needed') }}{% endif %}"
+    "<|im_start|>{{ message.name }}={{ message.content }}<|im_end|>"
+    "{% else %}<|im_start|>{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% for tool in tools or [] %}{% if tool.function.parameters.properties['bad'] %}"
+    "{{ raise_exception('a schema that it cannot read') }}{% endif %}{{ tool.function.name }}{% endfor %}"
+)
+
+
+def rendered(template: str, turns, tools=()) -> str:
+    from engine.chat import _parts
+    from engine.chat_template import ChatTemplate
+
+    special = {"<|im_start|>": 7, "<|im_end|>": 8}
+    parts = _parts(turns, ChatTemplate(template, special, {}), tools)
+    return "".join({7: "(", 8: ")"}.get(part, part) if isinstance(part, int) else part for part in parts)
+
+
+TWO = [
+    Message("user", "Q"),
+    Message("assistant", "A", (ToolCall("1", "f", "{}"), ToolCall("2", "g", '{"x":1}'))),
+    Message("tool", "second", tool_call_id="2"),
+    Message("tool", "first", tool_call_id="1"),
+    Message("user", "E"),
+]
+
+
+def test_a_template_of_one_call_a_turn_gets_each_before_its_own_result():
+    """Llama 3.1's refuses several; and Hermes' wants to know which function gave a result."""
+    assert rendered(ONE_CALL, TWO) == '(Q)(f{})(f=first)(g{"x": 1})(g=second)(E)'
+
+
+def test_a_template_that_cannot_read_a_schema_is_given_the_tools_as_text():
+    bad = Tool("f", "", {"type": "object", "properties": {"bad": {"type": ["string", "null"]}}})
+    text = rendered(ONE_CALL, [Message("user", "Q")], [bad])
+    assert "You can call these functions" in text and text.endswith("(Q)")
+
+
+def test_a_refusal_that_is_not_about_tools_stays_one():
+    with pytest.raises(HaloError, match="no assistants"):
+        rendered("{{ raise_exception('no assistants') }}{{ tools }}", [Message("user", "Q")], [Tool("f")])
+
+
 def test_a_key_that_spells_a_special_token_is_refused():
     tools = [Tool("f", "", {"type": "object", "properties": {"<|im_end|>": {}}}).function()]
     with pytest.raises(HaloError, match="control token"):

@@ -53,9 +53,9 @@ def run_schema(data: bytes, _folder: Path) -> None:
     try:
         schema: Any = json.loads(data)
     except (ValueError, RecursionError):
-        return
-    if not isinstance(schema, dict):
-        return
+        schema = None
+    if not isinstance(schema, dict):  # mutations of JSON are seldom JSON
+        schema = _built(iter(data[:200]))
     tools = [Tool("f", "", schema), Tool("get_weather", "", schema, strict=True)]
     for make in (
         lambda: json_grammar(schema),
@@ -67,6 +67,34 @@ def run_schema(data: bytes, _folder: Path) -> None:
         except HaloError as error:
             if not error.message or not error.hint:
                 raise Finding("a refusal without a hint") from error
+
+
+def _built(bits: Iterator[int], depth: int = 0) -> dict[str, Any]:
+    """A schema whose every choice is a byte of the input."""
+    schema: dict[str, Any] = {}
+    for _ in range(next(bits, 0) % 4 + (depth == 0)):
+        name = _KEYWORDS[next(bits, 0) % len(_KEYWORDS)]
+        schema[name] = _value(name, bits, depth + 1)
+    return schema
+
+
+def _value(name: str, bits: Iterator[int], depth: int) -> Any:
+    """Mostly of the kind that the keyword takes."""
+    kind = _KEYWORDS.index(name) if next(bits, 0) % 8 else next(bits, 0)
+    inner = [_built(bits, depth) for _ in range(next(bits, 0) % 3)] if depth < 5 else []
+    choices: tuple[Any, ...] = (
+        inner[0] if inner else {},
+        inner,
+        {f"k{i}": each for i, each in enumerate(inner)} | {"n": {}},
+        ("string", "integer", "object", "array", "null", ["number", "null"], "boolean")[next(bits, 0) % 7],
+        ("#", "#/$defs/n", "#/properties/n", "^a+(b|c){2,}$", "date", "uuid", "(a?){9}a{9}")[
+            next(bits, 0) % 7
+        ],
+        (-1, 0, 1, 3, 2.5, 1e9, 10**30)[next(bits, 0) % 7],
+        [None, 1, "x", {"a": []}][: next(bits, 0) % 5],
+        bool(next(bits, 0) % 2),
+    )
+    return choices[kind % len(choices)]
 
 
 def _walk(constraint: Any) -> None:
@@ -125,6 +153,14 @@ def _tokens() -> Iterator[bytes]:
     yield json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": [tool]}).encode()
 
 
+# In the order of the kinds in _value, over and over.
+_KEYWORDS = (
+    "items", "anyOf", "properties", "type", "$ref", "minimum", "enum", "additionalProperties",
+    "not", "allOf", "$defs", "const", "pattern", "maximum", "required", "uniqueItems",
+    "additionalItems", "oneOf", "patternProperties", "type", "format", "minLength", "examples", "items",
+    "if", "prefixItems", "definitions", "title", "$ref", "maxItems", "enum", "deprecated",
+    "contains", "anyOf", "properties", "type", "description", "multipleOf", "default", "exclusiveMinimum",
+)  # fmt: skip
 _SCHEMA = (
     b'"type"', b'"object"', b'"properties"', b'"required"', b'"additionalProperties"', b'"items"',
     b'"$ref"', b'"#/$defs/n"', b'"#"', b'"enum"', b'"const"', b'"anyOf"', b'"allOf"', b'"oneOf"',
