@@ -22,12 +22,13 @@ def parse_listen(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         colon = ""
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else -1
+    if not colon or not host or not 0 <= number <= 65535:
         raise HaloError(
             f"{text!r} is no address to listen on.",
             hint="write ADDRESS:PORT, as 127.0.0.1:8180 or [::1]:8180.",
         )
-    return host, int(port)
+    return host, number
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

@@ -29,7 +29,7 @@ def watchdog_seconds(environ: Mapping[str, str] | None = None) -> float | None:
     """What systemd asks for, or None where it does not; source: sd_watchdog_enabled(3)."""
     env = os.environ if environ is None else environ
     text = env.get("WATCHDOG_USEC", "")
-    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+    if not (text.isascii() and text.isdigit() and len(text) <= 18) or int(text) == 0:
         return None
     if env.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
