@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from checks.npu_report import npu_report
+from tests.engine.server_fixtures import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 TEXT = " ".join((ROOT / "docs" / "demo-model.md").read_text("utf-8").split())[:2400]
@@ -57,3 +61,27 @@ def test_the_predecessors_own_fields_are_enough(live: str) -> None:
 def test_what_cannot_be_scored_is_refused_by_name(live: str, body: dict, param: str) -> None:
     answer = httpx.post(f"{live}/ppl", json=body, timeout=120)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
+def test_halo_serve_asks_the_checks_about_the_npu(demo: Path, native_library: Path) -> None:
+    """The whole command: what it says of the NPU is what the checks of this machine say."""
+    port = free_port()
+    env = {**os.environ, "HALO_LIB_DIR": str(native_library.parent), "HALO_MODEL": str(demo)}
+    command = [sys.executable, "-m", "provision.cli", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert process.poll() is None
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{url}/v1/models").status_code == 200
+        return False
+
+    try:
+        wait_until(answers, 60)
+        status = httpx.get(f"{url}/v1/npu/status", timeout=60).json()
+        assert status["reason"] == npu_report().reason or status["reason"] == "halo has no kernel for the NPU"
+        assert status["kernel"] is None and status["routes"]["decode"]["target"] in ("cpu", "gpu")
+    finally:
+        process.terminate()
+        process.wait(30)
