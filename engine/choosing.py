@@ -280,8 +280,10 @@ def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> TokenLog
     whole = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
-        top = min(top, len(logits))
-        near = np.flatnonzero(logits >= np.partition(logits, -top)[-top])
+        # The largest of each 64: the last of the `top` largest of these is reached by at least `top` logits.
+        tops = np.maximum.reduceat(logits, np.arange(0, len(logits), 64))
+        floor = np.partition(tops, -top)[-top] if top < len(tops) else logits.min()
+        near = np.flatnonzero(logits >= floor)
         order = near[np.argsort(-logits[near], kind="stable")][:top]
         likeliest = tuple((int(i), float(logits[i]) - whole) for i in order)
     return TokenLogprob(token, float(logits[token]) - whole, likeliest)

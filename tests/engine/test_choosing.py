@@ -210,6 +210,16 @@ def test_a_log_probability_is_the_models_own_with_the_likeliest_beside_it() -> N
     assert huge.logprob == 0.0 and huge.top[1][1] == -2e4
 
 
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 1000, 5003])
+@pytest.mark.parametrize("top", [1, 2, 20])
+def test_the_likeliest_are_those_of_a_whole_sort(vocab: int, top: int) -> None:
+    rng = np.random.default_rng(vocab)
+    for digits in (0, 5):  # with many ties, and with few
+        logits = np.round(rng.standard_normal(vocab) * 3, digits).astype(np.float32)
+        order = np.lexsort((np.arange(vocab), -logits))[:top]
+        assert [token for token, _ in token_logprob(logits, 0, top).top] == order.tolist()
+
+
 def test_a_mask_that_allows_nothing_and_one_of_another_size_are_refused() -> None:
     edits = Edits(SamplingParams(), [1], VOCAB)
     with pytest.raises(HaloError, match="no token"):
