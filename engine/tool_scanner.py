@@ -170,9 +170,9 @@ class Scanner:
         live = value is not None and self._want == "value" and self._key in _ARGUMENTS
         if not live or value is None or not self.begun or self._has_arguments:
             return
-        if value.text.startswith("{") and len(value.text) > self._sent:
-            self._found.append(Piece(value.text[self._sent :]))
-            self._sent = len(value.text)
+        if value.first == "{" and value.length > self._sent:
+            self._found.append(Piece(value.since(self._sent)))
+            self._sent = value.length
 
     def _end(self) -> None:
         self.done = True
@@ -186,7 +186,8 @@ class _Value:
     """The letters of one JSON value: to the end of a text, of nested brackets, or of a word."""
 
     def __init__(self, letter: str) -> None:
-        self._parts = [letter]
+        self.first = letter
+        self._letters = [letter]
         self._depth = int(letter in "{[")
         self._quoted = letter == '"'
         self._word = not self._depth and not self._quoted
@@ -194,15 +195,21 @@ class _Value:
 
     @property
     def text(self) -> str:
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0]
+        return self.since(0)
+
+    @property
+    def length(self) -> int:
+        return len(self._letters)
+
+    def since(self, start: int) -> str:
+        """The letters from one on."""
+        return "".join(self._letters[start:])
 
     def take(self, letter: str) -> bool:
         """Whether the letter is a part of it."""
         if self._ended or (self._word and letter in ',}] \t\r\n"'):
             return False
-        self._parts.append(letter)
+        self._letters.append(letter)
         if self._quoted:
             if self._escaped:
                 self._escaped = False

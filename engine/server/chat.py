@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,10 @@ async def chat_completions(request: Request) -> Response:
     answer = Answer(service, submit_or_429(request, prepared.works), prepared, body)
     if body.stream:
         return EventStream(answer.events(), answer.job)
-    return json_response(answer.whole(await gather(answer.job, prepared.reader, request.receive)))
+    choices = await gather(answer.job, prepared.reader, request.receive)
+    if not body.logprobs:
+        return json_response(answer.whole(choices))
+    return await asyncio.to_thread(lambda: json_response(answer.whole(choices)))  # long ones take a while
 
 
 def _ask(service: Service, body: ChatRequest) -> Ask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,10 @@ async def completions(request: Request) -> Response:
     answer = Answer(service, submit_or_429(request, works), body, prompts, encoded, each)
     if body.stream:
         return EventStream(answer.events(), answer.job)
-    return json_response(answer.whole(await gather(answer.job, answer.reader, request.receive)))
+    choices = await gather(answer.job, answer.reader, request.receive)
+    if body.logprobs is None:
+        return json_response(answer.whole(choices))
+    return await asyncio.to_thread(lambda: json_response(answer.whole(choices)))  # long ones take a while
 
 
 async def _works(

@@ -39,7 +39,7 @@ class Whole:
     """A whole choice."""
 
     index: int
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -48,9 +48,15 @@ class Whole:
     stop_string: str | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
+    @property
+    def text(self) -> str:
+        """The answer without its calls."""
+        return "".join(self.texts)
+
     def add(self, piece: Piece) -> None:
         """Take one more piece."""
-        self.text += piece.text
+        if piece.text:
+            self.texts.append(piece.text)
         for call in piece.calls:
             if call.name is not None:
                 self.calls.append(ToolCall(call.id or "", call.name, call.arguments))

@@ -116,7 +116,7 @@ class Answer:
             "error": self._error and {"code": "server_error", "message": self._error.message},
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "model": self.service.model,
-            "output": self._items.output if ended else [],
+            "output": self._items.so_far() if ended else [],
             "usage": self._usage() if ended else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,

@@ -22,6 +22,7 @@ class Items:
         self.output: list[dict[str, Any]] = []
         self._tokenizer, self._with_logprobs = tokenizer, logprobs
         self._open = False  # the last item goes on
+        self._texts: list[str] = []  # of the last item, which has them when it is closed
 
     def add(self, piece: Piece) -> list[Event]:
         """What a piece brings about."""
@@ -34,6 +35,19 @@ class Items:
             events += self._close("incomplete" if piece.finish_reason == "length" else "completed")
         return events
 
+    def so_far(self) -> list[dict[str, Any]]:
+        """The output, an open item with what it has."""
+        if self._open:
+            self._fill(self.output[-1])
+        return self.output
+
+    def _fill(self, item: dict[str, Any]) -> None:
+        text = "".join(self._texts)
+        if item["type"] == "message":
+            item["content"][0]["text"] = text
+        else:
+            item["arguments"] = text
+
     def _text(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Event]:
         events: list[Event] = []
         if not (self._open and self.output[-1]["type"] == "message"):
@@ -41,7 +55,7 @@ class Items:
                 return []
             events += self._begin_message()
         part = self.output[-1]["content"][0]
-        part["text"] += text
+        self._texts.append(text)
         scores = chat_logprobs(self._tokenizer, logprobs) if self._with_logprobs else []
         part["logprobs"] += scores
         if text:
@@ -61,6 +75,7 @@ class Items:
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         events.append(self._part_event("response.content_part.added", part=part | {"logprobs": []}))
         message["content"] = [part]
+        self._texts = []
         return events
 
     def _call(self, call: CallDelta) -> list[Event]:
@@ -76,8 +91,9 @@ class Items:
                 "arguments": "",
             }
             events += self._begin(item)
+            self._texts = []
         if call.arguments:
-            self.output[-1]["arguments"] += call.arguments
+            self._texts.append(call.arguments)
             events.append(self._event("response.function_call_arguments.delta", delta=call.arguments))
         return events
 
@@ -91,6 +107,7 @@ class Items:
         item = self.output[-1]
         item["status"] = status
         self._open = False
+        self._fill(item)
         if item["type"] == "message":
             part = item["content"][0]
             done = self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def legacy_logprobs(
     Offsets are in characters of the choice's text, in which special tokens have no place.
     """
     shape: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    data, start = b"", offset
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     for token, each in logprobs:
         shape["tokens"].append(token_text(tokenizer, token))
         shape["token_logprobs"].append(None if each is None else finite(each.logprob))
@@ -76,6 +77,6 @@ def legacy_logprobs(
         if top is not None and each is not None and top:
             top.setdefault(token_text(tokenizer, token), finite(each.logprob))
         shape["top_logprobs"].append(top)
-        shape["text_offset"].append(start + len(data.decode("utf-8", "ignore")))
-        data += tokenizer.token_bytes(token)
+        shape["text_offset"].append(offset)
+        offset += len(decoder.decode(tokenizer.token_bytes(token)))
     return shape

@@ -321,7 +321,11 @@ def test_a_grammar_that_fails_midway_fails_its_request_alone(demo, monkeypatch):
             raise HaloError("The grammar of this answer became too complex.", hint="ask for less")
         return real(self)
 
-    body = {"messages": USER, "response_format": {"type": "json_object"}, "max_tokens": 30}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "string", "minLength": 99}},
+    }
+    body = {"messages": USER, "response_format": form, "max_tokens": 30}
     with monkeypatch.context() as patch:
         patch.setattr(GrammarConstraint, "mask", mask)
         whole = post(demo.url, "/v1/chat/completions", body)

@@ -229,6 +229,19 @@ def test_what_breaks_within_a_stream_is_a_failed_response():
             client_of(server.url).responses.create(model=MODEL, input="hi")
 
 
+def test_what_was_said_before_it_broke_is_in_the_failed_response():
+    with says("hello " * 50) as server:
+        session = server.session
+        session.delay = 0.005
+        stream = client_of(server.url).responses.create(model=MODEL, input="hi", stream=True)
+        said = ""
+        for event in stream:
+            if event.type == "response.output_text.delta":
+                said += event.delta
+                session.fail = len(said) > 10
+        assert event.type == "response.failed" and event.response.output_text == said
+
+
 def test_a_client_that_goes_away_ends_it():
     with says("tick " * 800) as server:
         session = server.session
