@@ -143,8 +143,9 @@ def sample_with(
     if not is_narrowed(params):
         return int(np.argmax(values))
     weights = _weights(ranked, int(np.argmax(ranked)), params.temperature)
-    order = _likeliest(ranked, weights, params)
-    return int(order[np.lexsort((order, -values[order]))[0]])
+    left = _left(ranked, weights, params)
+    value = values[left]
+    return int(left[value == value.max()].min())
 
 
 def is_narrowed(params: SamplingParams) -> bool:
@@ -186,12 +187,12 @@ def _weights(logits: NDArray[np.float32], best: int, temperature: float) -> NDAr
     return weights
 
 
-def _likeliest(
+def _left(
     logits: NDArray[np.float32], weights: NDArray[np.float32], params: SamplingParams
 ) -> NDArray[np.int64]:
-    """The ids that min_p, then top_k and then top_p leave, the likeliest first.
+    """The ids that min_p, then top_k and then top_p leave, in no order; of equal logits the lower ids first.
 
-    A vocabulary is never sorted: those above a falling floor are, until they are enough.
+    A vocabulary is rarely sorted: those above a falling floor are, until they are enough.
     """
     least = np.float32(params.min_p)
     if params.min_p:
@@ -205,16 +206,16 @@ def _likeliest(
             break
         if not params.top_k and float(weights[near].sum(dtype=np.float64)) >= params.top_p * total:
             break
-    # Stable, so that equal logits keep the order of their ids on every machine.
-    order = near[np.argsort(-logits[near], kind="stable")]
-    if params.top_k:
-        order = order[: params.top_k]
-    cumulative = np.cumsum(weights[order], dtype=np.float64)
+    count = min(params.top_k or len(near), len(near))
     if params.top_p < 1.0:
+        # Equal logits have equal weights, so the sums do not depend on the order of their ids.
+        cumulative = np.cumsum(np.sort(weights[near])[::-1][:count], dtype=np.float64)
         enough = params.top_p * (float(cumulative[-1]) if params.top_k else total)
-        kept = int(np.searchsorted(cumulative, enough, side="left")) + 1
-        order = order[:kept]
-    return order
+        count = min(int(np.searchsorted(cumulative, enough, side="left")) + 1, count)
+    own = logits[near]
+    last = -np.partition(-own, count - 1)[count - 1]
+    above = near[own > last]
+    return np.concatenate((above, near[own == last][: count - len(above)]))
 
 
 def _require(condition: bool, sentence: str) -> None:
