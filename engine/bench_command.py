@@ -112,7 +112,9 @@ def _run_serve(args: Namespace) -> int:
         say.clear()
     text = [bench_serve.as_json(result, name)] if args.json else bench_serve.lines(result, name)
     print("\n".join(f"- {line}" if args.markdown else line for line in text))
-    return EXIT_WELL
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    return EXIT_DEGRADED if result["warnings"] else EXIT_WELL
 
 
 def _model(args: Namespace, say: Callable[[str], None]) -> tuple[Path, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from engine.bench import BUSY_LOAD
 from engine.bench_child import prompt
 from engine.bench_stream import (
     Server,
@@ -65,6 +67,7 @@ class Rates:
 
 def measure_serve(settings: ServeSettings, say: Say) -> dict[str, Any]:
     """All of it, as a JSON object."""
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as folder:
         logs = Path(folder)
         say("cold starts")
@@ -81,7 +84,8 @@ def measure_serve(settings: ServeSettings, say: Say) -> dict[str, Any]:
                 for server in servers:
                     say(f"round {index + 1} of {settings.rounds}: {server.name}")
                     _round(settings, server, rates[server.name], index)
-    return _result(settings, cold, rates, rest)
+    busy = f"this machine is busy (load {load:.1f}): other programs take part in these figures"
+    return _result(settings, cold, rates, rest) | {"warnings": [busy] if load > BUSY_LOAD else []}
 
 
 def cold_start(settings: ServeSettings, logs: Path) -> dict[str, float]:
