@@ -29,12 +29,13 @@ _HEAD: Final = (
 
 def connection_limit() -> int:
     """MAX_CONNECTIONS, or what the limit on descriptors leaves."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MAX_CONNECTIONS
-        if soft == resource.RLIM_INFINITY
-        else max(8, min(MAX_CONNECTIONS, soft - _SPARE_DESCRIPTORS))
-    )
+    try:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except (OSError, ValueError):  # a sandbox may forbid to ask; the unit sets the limit high enough
+        return MAX_CONNECTIONS
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(8, min(MAX_CONNECTIONS, soft - _SPARE_DESCRIPTORS))
 
 
 class Connection(H11Protocol):
