@@ -37,6 +37,8 @@ class AnthropicError(Struct):
 
 class Health(Struct):
     status: Literal["ok", "error"]
+    loading: bool
+    model_mapped: bool
     generation: str
     backend: str | None
     model: str
