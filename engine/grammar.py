@@ -1,7 +1,7 @@
 """Constrained decoding: JSON schemas and calls of functions as masks over the vocabulary, through llguidance.
 
 What may come is bytes of ordinary tokens, and an end token where the text may end: no other special token
-ever. llguidance takes 90 ms to import and its tables of 128,256 tokens 0.4 s and 70 MB, so both come with the
+ever. llguidance takes 90 ms to import and its tables of 128,256 tokens 0.6 s and 90 MB, so both come with the
 first grammar, in a thread (`Grammars.compile` is called in one). White space between JSON's parts is one
 space, or a line end and an indentation, so that no model can go on with it for ever.
 """
@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Sequence
+from time import sleep
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -102,7 +103,10 @@ class Grammars:
         from llguidance import LLTokenizer
 
         wrapper: Any = _Vocabulary(self._tokenizer, self._ends)
-        return LLTokenizer(wrapper, self._tokenizer.size, self._ends)
+        # In two steps: the library holds the interpreter during each, and other threads run in between.
+        tables = LLTokenizer(wrapper, self._tokenizer.size, self._ends, slices=[])
+        sleep(0.001)
+        return tables.with_slices(LLTokenizer.general_slices())
 
 
 def _limits() -> LLParserLimits:
