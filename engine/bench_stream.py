@@ -63,7 +63,7 @@ class Server:
         with log.open("wb") as stream:
             self.started = time.perf_counter()
             self.process = subprocess.Popen(
-                list(argv), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+                list(argv), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
             )
 
     def wait_health(self, *, loaded: bool = False) -> float:

@@ -1,20 +1,22 @@
 """Open the native model in a thread from the first moment on, while what serves is imported; no more.
 
 The seal is checked first (engine/formats/seal.py), in milliseconds; then the library reads the whole file,
-checks every byte of it and copies what is hot, in seconds for a model of gigabytes. The interpreter is free
-meanwhile. Nothing heavy is imported here.
+checks every byte of it and copies what is hot, in seconds for a model of gigabytes, whose turn comes when the
+server listens. The interpreter is free meanwhile. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from engine.locate import Home, ModelCard, locate, read_card
 
 if TYPE_CHECKING:
     from engine.backend import NativeModel
+
+AT_ONCE: Final = 64 << 20  # bytes that are read in the time of the imports; reading more would hold them up
 
 
 class EarlyModel:
@@ -25,7 +27,7 @@ class EarlyModel:
         self.card: ModelCard = read_card(self.home.model_dir)
         self._model: NativeModel | None = None
         self._error: Exception | None = None
-        self._seal = threading.Event()
+        self._seal, self._listening = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="halo-model", daemon=True)
         self._thread.start()
 
@@ -37,7 +39,10 @@ class EarlyModel:
             self._seal.set()
             from engine.backend import NativeModel
 
-            self._model = NativeModel.open(self.home.model_dir / PREPARED)
+            path = self.home.model_dir / PREPARED
+            if path.stat().st_size > AT_ONCE:
+                self._listening.wait()
+            self._model = NativeModel.open(path)
         except Exception as error:
             self._error = error
         finally:
@@ -49,12 +54,17 @@ class EarlyModel:
         if self._error is not None:
             raise self._error
 
+    def listening(self) -> None:
+        """The server listens: a large model may take the processors now."""
+        self._listening.set()
+
     def mapped(self) -> bool:
         """Whether the model is in memory, every byte of it checked."""
         return self._model is not None
 
     def result(self) -> NativeModel:
         """The model, waited for; raises why there is none."""
+        self._listening.set()
         self._thread.join()
         if self._error is not None:
             raise self._error

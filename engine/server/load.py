@@ -54,7 +54,12 @@ class Load:
                 return  # the loop has ended meanwhile: nobody waits
 
         self._thread = threading.Thread(target=run, name="halo-load", daemon=True)
-        loop.call_later(GRACE_SECONDS, self._thread.start)
+        loop.call_later(GRACE_SECONDS, self._begin)
+
+    def _begin(self) -> None:
+        self._early.listening()
+        if self._thread is not None:
+            self._thread.start()
 
     def _open(self) -> None:
         """What only an answer needs is imported, and the model, which is being read meanwhile, waited for."""
