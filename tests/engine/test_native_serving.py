@@ -116,7 +116,8 @@ def served(directory: Path, library: Path, *args: str):
     def answers() -> bool:
         assert process.poll() is None, (log.seek(0), log.read())
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{url}/health").status_code == 200
+            health = httpx.get(f"{url}/health")
+            return health.status_code == 200 and not health.json()["loading"]
         return False
 
     try:
