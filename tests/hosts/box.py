@@ -204,3 +204,25 @@ def kill_server(host: Host, owner: Owner) -> int:
     assert pid > 0, "the server does not run"
     host.run(f"kill -9 {pid}", user=owner.user)
     return pid
+
+
+def unit_property(host: Host, owner: Owner, name: str) -> str:
+    """What systemd says of the server's unit."""
+    manager = "--user " if owner.scope == "user" else ""
+    line = f"systemctl {manager}show --property={name} --value halo-server.service"
+    return host.run(line, user=owner.user).out.strip()
+
+
+def hang_server(host: Host, owner: Owner, setting: str) -> str:
+    """Give the unit `setting` until the next boot, restart it, stop its main process; the pid."""
+    manager = "--user " if owner.scope == "user" else ""
+    folder = "$XDG_RUNTIME_DIR/systemd/user" if owner.scope == "user" else "/run/systemd/system"
+    place = f"{folder}/halo-server.service.d"
+    host.run(
+        f"mkdir -p {place} && printf '[Service]\\n{setting}\\n' > {place}/test.conf && "
+        f"systemctl {manager}daemon-reload && systemctl {manager}restart halo-server.service",
+        user=owner.user,
+    )
+    pid = unit_property(host, owner, "MainPID")
+    host.run(f"kill -STOP {pid}", user=owner.user)
+    return pid

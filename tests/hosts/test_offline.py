@@ -88,6 +88,17 @@ def test_killed_server_comes_back(installed: tuple[Host, Owner]) -> None:
     assert box.completion(host, owner) == before
 
 
+def test_a_server_that_hangs_is_started_anew(installed: tuple[Host, Owner]) -> None:
+    """A server that stands still and holds its socket would take every request and answer none."""
+    host, owner = installed
+    before = box.completion(host, owner)
+    shown = box.unit_property(host, owner, "WatchdogUSec")
+    assert shown == "2min", shown
+    first = box.hang_server(host, owner, "WatchdogSec=2s")
+    assert box.completion(host, owner) == before
+    assert box.unit_property(host, owner, "MainPID") != first
+
+
 def test_power_cut_then_boot_answers(installed: tuple[Host, Owner]) -> None:
     """After a power cut the box answers again by itself, although nobody logs in."""
     host, owner = installed
