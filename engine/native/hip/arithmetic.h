@@ -135,39 +135,39 @@ GPU_DEVICE float quantum(uint32_t bits) {
   return 127.0f / (most > 1e-5f ? most : 1e-5f);
 }
 
-// For rows of which no thread has more than this many fours.
-const int kFours = 4;
-
 // A row in shared memory for its sum of squares: the elements of one lane of the 16 behind one another, `lane_row` apart,
 // so that a thread reads four links of its chain at once; 4 more than a multiple of 32, so that eight lanes read all banks.
 GPU_DEVICE int lane_row(int filled) { return (filled / 16 + 31) / 32 * 32 + 4; }
 
-// inverse_rms() of such a row, whose elements from filled / 16 to the next four are 0 in every lane. The first wave works.
+GPU_DEVICE float with_squares(float sum, const uint4 &four) {
+  sum = fused(float_of(four.x), float_of(four.x), sum);
+  sum = fused(float_of(four.y), float_of(four.y), sum);
+  sum = fused(float_of(four.z), float_of(four.z), sum);
+  return fused(float_of(four.w), float_of(four.w), sum);
+}
+
+// inverse_rms() of such a row, whose elements from filled / 16 to the next four are 0 in every lane. The first wave works,
+// and reads what comes next while its chain runs.
 GPU_DEVICE void inverse_rms_of_lanes(const float *lanes, int n, int filled, float eps, float *result) {
   if (wave_id() == 0) {
     const int kAtOnce = 4;  // fours
     const uint4 *own = (const uint4 *)(lanes + lane_id() % 16 * lane_row(filled));
     const int fours = (filled / 16 + 3) / 4, whole = fours / kAtOnce * kAtOnce;
     float sum = 0.0f;
-    uint4 now[kAtOnce];
+    uint4 next[kAtOnce];
+    GPU_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) next[k] = own[k < fours ? k : 0];
     for (int i = 0; i < whole; i += kAtOnce) {
+      uint4 now[kAtOnce];
       GPU_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) now[k] = own[i + k];
+      for (int k = 0; k < kAtOnce; ++k) now[k] = next[k];
+      const int behind = i + 2 * kAtOnce <= whole ? i + kAtOnce : 0;  // of no use at the end
       GPU_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        sum = fused(float_of(now[k].x), float_of(now[k].x), sum);
-        sum = fused(float_of(now[k].y), float_of(now[k].y), sum);
-        sum = fused(float_of(now[k].z), float_of(now[k].z), sum);
-        sum = fused(float_of(now[k].w), float_of(now[k].w), sum);
-      }
+      for (int k = 0; k < kAtOnce; ++k) next[k] = own[behind + k];
+      GPU_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) sum = with_squares(sum, now[k]);
     }
-    for (int i = whole; i < fours; ++i) {
-      now[0] = own[i];
-      sum = fused(float_of(now[0].x), float_of(now[0].x), sum);
-      sum = fused(float_of(now[0].y), float_of(now[0].y), sum);
-      sum = fused(float_of(now[0].z), float_of(now[0].z), sum);
-      sum = fused(float_of(now[0].w), float_of(now[0].w), sum);
-    }
+    for (int i = whole; i < fours; ++i) sum = with_squares(sum, own[i]);
     sum = add_lanes(sum);
     if (thread_id() == 0) *result = 1.0f / root(sum / (float)n + eps);
   }
@@ -188,25 +188,40 @@ GPU_HOST_DEVICE size_t row_bytes_of(int n) {
   return (size_t)64 * ((filled / 16 + 31) / 32 * 32 + 4);
 }
 
-GPU_DEVICE uint4 four_of_lanes(const float *lanes, int filled, int four) {
-  const int lane = 4 * four % 16, at = 4 * four / 16, row = lane_row(filled);
-  return make_uint4(bits_of(lanes[lane * row + at]), bits_of(lanes[(lane + 1) * row + at]),
-                    bits_of(lanes[(lane + 2) * row + at]), bits_of(lanes[(lane + 3) * row + at]));
+// The bytes of a four times `scale`, none of which is above 127 (quantum() sees to it): adding 1.5 * 2^23 rounds to the
+// nearest whole number, ties to even, and leaves it in the lowest bits.
+GPU_DEVICE uint32_t quantized_four(const uint4 &y, float scale) {
+  const float magic = 12582912.0f;
+  const uint32_t a = bits_of(float_of(y.x) * scale + magic), b = bits_of(float_of(y.y) * scale + magic);
+  const uint32_t c = bits_of(float_of(y.z) * scale + magic), d = bits_of(float_of(y.w) * scale + magic);
+  return pick_bytes(pick_bytes(a, b, 0x00000400u), pick_bytes(c, d, 0x00000400u), 0x05040100u);
 }
 
-// quantized_row() for short rows: each thread keeps its part in registers, but not while the sum of squares is made, whose
-// chain is as fast as the first wave's registers let it read ahead.
-template <int kThreads>
-GPU_DEVICE RowFacts quantized_fours(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
-                                    uint32_t *scratch) {
+GPU_DEVICE uint4 normed_four(const uint4 &x, float inverse, const uint4 &norm) {
+  return make_uint4(bits_of(float_of(x.x) * inverse * float_of(norm.x)), bits_of(float_of(x.y) * inverse * float_of(norm.y)),
+                    bits_of(float_of(x.z) * inverse * float_of(norm.z)), bits_of(float_of(x.w) * inverse * float_of(norm.w)));
+}
+
+GPU_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// The largest size of a four's elements, as bits.
+GPU_DEVICE uint32_t largest_of(const uint4 &y) {
+  return larger(larger(y.x & 0x7fffffffu, y.y & 0x7fffffffu), larger(y.z & 0x7fffffffu, y.w & 0x7fffffffu));
+}
+
+// quantized_row() for rows of which no thread has more than kFours fours: those stay in registers. norm_four(g, i): the
+// norm's weights of four number i, which is the thread's number g.
+template <int kThreads, int kFours, class NormFour>
+GPU_DEVICE RowFacts quantized_fours(const float *x, bool normed, NormFour norm_four, int n, float eps, int padded, float *row,
+                                    int8_t *q, uint32_t *scratch) {
   const int filled = (n + 15) / 16 * 16, waves = kThreads / kWave;
   uint4 own[kFours];
-  if (norm) {
-    GPU_UNROLL
-    for (int g = 0; g < kFours; ++g) {
-      const int i = thread_id() + g * kThreads;
-      own[g] = 4 * i < filled ? ((const uint4 *)x)[i] : make_uint4(0, 0, 0, 0);
-    }
+  GPU_UNROLL
+  for (int g = 0; g < kFours; ++g) {
+    const int i = thread_id() + g * kThreads;
+    own[g] = 4 * i < filled ? ((const uint4 *)x)[i] : make_uint4(0, 0, 0, 0);
+  }
+  if (normed) {
     GPU_UNROLL
     for (int g = 0; g < kFours; ++g)
       if (4 * (thread_id() + g * kThreads) < (filled + 63) / 64 * 64) put_in_lanes(row, filled, thread_id() + g * kThreads, own[g]);
@@ -216,63 +231,46 @@ GPU_DEVICE RowFacts quantized_fours(const float *x, const float *norm, int n, fl
     GPU_UNROLL
     for (int g = 0; g < kFours; ++g) {
       const int i = thread_id() + g * kThreads;
-      own[g] = make_uint4(0, 0, 0, 0);
-      if (4 * i < filled) {
-        const uint4 x4 = four_of_lanes(row, filled, i), w4 = ((const uint4 *)norm)[i];
-        own[g].x = bits_of(float_of(x4.x) * inverse * float_of(w4.x));
-        own[g].y = bits_of(float_of(x4.y) * inverse * float_of(w4.y));
-        own[g].z = bits_of(float_of(x4.z) * inverse * float_of(w4.z));
-        own[g].w = bits_of(float_of(x4.w) * inverse * float_of(w4.w));
-      }
-    }
-  } else {
-    GPU_UNROLL
-    for (int g = 0; g < kFours; ++g) {
-      const int i = thread_id() + g * kThreads;
-      own[g] = 4 * i < filled ? ((const uint4 *)x)[i] : make_uint4(0, 0, 0, 0);
+      if (4 * i < filled) own[g] = normed_four(own[g], inverse, norm_four(g, i));
     }
   }
   uint32_t most = 0;
   GPU_UNROLL
-  for (int g = 0; g < kFours; ++g) {
-    const uint32_t sizes[4] = {own[g].x & 0x7fffffffu, own[g].y & 0x7fffffffu, own[g].z & 0x7fffffffu, own[g].w & 0x7fffffffu};
-    GPU_UNROLL
-    for (int k = 0; k < 4; ++k) most = sizes[k] > most ? sizes[k] : most;
-  }
+  for (int g = 0; g < kFours; ++g) most = larger(most, largest_of(own[g]));
   most = wave_max(most);
   if (lane_id() == 0) scratch[wave_id()] = most;
   sync_block();
-  GPU_UNROLL
-  for (int w = 0; w < waves; ++w) most = scratch[w] > most ? scratch[w] : most;
+  most = wave_max(scratch[lane_id() % waves]);
   const float scale = quantum(most);
   const bool is_finite = most < kInfinityBits;
   int sum = 0;
   GPU_UNROLL
   for (int g = 0; g < kFours; ++g) {
     const int i = thread_id() + g * kThreads;
-    uint32_t word = quantized_byte(float_of(own[g].x), scale) | quantized_byte(float_of(own[g].y), scale) << 8 |
-                    quantized_byte(float_of(own[g].z), scale) << 16 | quantized_byte(float_of(own[g].w), scale) << 24;
-    if (!is_finite) word = 0;
-    if (4 * i < padded) ((uint32_t *)q)[i] = word;  // what lies behind the row has been 0 throughout
+    if (4 * i >= padded) continue;
+    const uint32_t word = is_finite ? quantized_four(own[g], scale) : 0;
+    ((uint32_t *)q)[i] = word;  // what lies behind the row has been 0 throughout
     sum = dot4_ss(word, 0x01010101u, sum);
   }
   for (int i = thread_id() + kFours * kThreads; 4 * i < padded; i += kThreads) ((uint32_t *)q)[i] = 0;
   sum = wave_sum(sum);
   if (lane_id() == 0) scratch[waves + wave_id()] = (uint32_t)sum;
   sync_block();
-  sum = 0;
-  GPU_UNROLL
-  for (int w = 0; w < waves; ++w) sum += (int)scratch[waves + w];
+  sum = wave_sum(lane_id() < waves ? (int)scratch[waves + lane_id()] : 0);
   return {scale, sum, is_finite};
 }
 
-// x as normed_row() has it, and then quantised: int8 in q (any memory), zeros from n to `padded` (a multiple of 4). The
-// block has met when it returns. scratch: 2 words a wave, and one.
+// Whether quantized_fours() takes a row with so many fours for each thread.
+template <int kThreads, int kFours>
+GPU_HOST_DEVICE bool is_short_row(int n) {
+  return (n + 15) / 16 * 16 <= 4 * kFours * kThreads - 64;
+}
+
+// quantized_row() for the others.
 template <int kThreads>
-GPU_DEVICE RowFacts quantized_row(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
-                                  uint32_t *scratch) {
+GPU_DEVICE RowFacts quantized_long(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
+                                   uint32_t *scratch) {
   const int filled = (n + 15) / 16 * 16;
-  if (filled <= 4 * kFours * kThreads - 64) return quantized_fours<kThreads>(x, norm, n, eps, padded, row, q, scratch);
   const uint32_t bits = normed_row<kThreads>(x, norm, n, eps, row, scratch);
   const bool is_finite = bits < kInfinityBits;
   const float scale = quantum(bits);
@@ -286,6 +284,19 @@ GPU_DEVICE RowFacts quantized_row(const float *x, const float *norm, int n, floa
   }
   sum = block_sum<kThreads>(sum, scratch);
   return {scale, sum, is_finite};
+}
+
+// x as normed_row() has it, and then quantised: int8 in q (any memory), zeros from n to `padded` (a multiple of 4). The
+// block has met when it returns. scratch: 2 words a wave, and one.
+template <int kThreads>
+GPU_DEVICE RowFacts quantized_row(const float *x, const float *norm, int n, float eps, int padded, float *row, int8_t *q,
+                                  uint32_t *scratch) {
+  const auto norm_four = [&](int, int i) { return ((const uint4 *)norm)[i]; };
+  if (is_short_row<kThreads, 2>(n))
+    return quantized_fours<kThreads, 2>(x, norm, norm_four, n, eps, padded, row, q, scratch);
+  if (is_short_row<kThreads, 4>(n))
+    return quantized_fours<kThreads, 4>(x, norm, norm_four, n, eps, padded, row, q, scratch);
+  return quantized_long<kThreads>(x, norm, n, eps, padded, row, q, scratch);
 }
 
 }  // namespace halo

@@ -23,18 +23,21 @@
 #define GPU_DEVICE static inline
 #define GPU_HOST_DEVICE static inline
 #define GPU_UNROLL
+#define GPU_NO_UNROLL
 #elif defined(__HIP__)
 #define GPU_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads) void
 #define GPU_KERNEL_TWO(threads) extern "C" __global__ __launch_bounds__(threads) void
 #define GPU_DEVICE static __device__ __forceinline__
 #define GPU_HOST_DEVICE static __host__ __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
+#define GPU_NO_UNROLL _Pragma("unroll 1")
 #else
 #define GPU_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define GPU_KERNEL_TWO(threads) extern "C" __global__ void __launch_bounds__(threads, 2)
 #define GPU_DEVICE static __device__ __forceinline__
 #define GPU_HOST_DEVICE static __host__ __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
+#define GPU_NO_UNROLL _Pragma("unroll 1")
 #endif
 
 namespace halo {
@@ -62,8 +65,10 @@ GPU_DEVICE void sync_block() { sim::sync_block(); }
 GPU_DEVICE void sync_wave() { sim::sync_wave(); }
 GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return sim::exchange(x, (thread_id() % kWave) ^ mask); }
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return sim::exchange(x, lane); }
-GPU_DEVICE void stage(uint4 *shared, const uint4 *p) { *shared = *p; }
-GPU_DEVICE void wait_staged() {}
+GPU_DEVICE void begin_staging(uint64_t *) {}
+GPU_DEVICE void expect_staged(uint64_t *, int) {}
+GPU_DEVICE void stage(uint64_t *, void *shared, const void *p, int bytes) { __builtin_memcpy(shared, p, (size_t)bytes); }
+GPU_DEVICE void wait_staged(uint64_t *, int) {}
 GPU_DEVICE void fence() {}
 GPU_DEVICE void wait_for_previous() {}
 GPU_DEVICE void let_next_start() {}
@@ -130,9 +135,11 @@ GPU_DEVICE void sync_wave() {
 }
 GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return (uint32_t)__shfl_xor((int)x, mask, kWave); }
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return (uint32_t)__shfl((int)x, lane, kWave); }
-// There is no copy to shared memory that goes on beside the wave: nothing is staged here (kStagedBytes).
-GPU_DEVICE void stage(uint4 *shared, const uint4 *p) { *shared = *p; }
-GPU_DEVICE void wait_staged() {}
+// There is no copy to shared memory that goes on beside the waves: nothing is staged here (kStagedBytes).
+GPU_DEVICE void begin_staging(uint64_t *) {}
+GPU_DEVICE void expect_staged(uint64_t *, int) {}
+GPU_DEVICE void stage(uint64_t *, void *, const void *, int) {}
+GPU_DEVICE void wait_staged(uint64_t *, int) {}
 GPU_DEVICE void wait_for_previous() {}
 GPU_DEVICE void let_next_start() {}
 // What is read once a token: it need not push anything out of the caches.
@@ -160,11 +167,33 @@ GPU_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~
 GPU_DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(~0u, x, lane); }
 GPU_DEVICE uint32_t wave_max(uint32_t x) { return __reduce_max_sync(~0u, x); }
 GPU_DEVICE int wave_sum(int x) { return __reduce_add_sync(~0u, x); }
-// A copy to shared memory that goes on by itself until wait_staged(); the thread that asked for it may read it then.
-GPU_DEVICE void stage(uint4 *shared, const uint4 *p) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(p));
+GPU_DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Copies to shared memory by the hardware's own engine, beside the waves' loads and not in front of them. `staging`
+// (shared) counts their bytes: one thread makes it, says how many bytes will come, and asks for them (16 at a time); all
+// may wait. Its turns are numbered: the first is 0, and only the last but one and the last can be told apart.
+GPU_DEVICE void begin_staging(uint64_t *staging) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(staging)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-GPU_DEVICE void wait_staged() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+GPU_DEVICE void expect_staged(uint64_t *staging, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(staging)), "r"(bytes) : "memory");
+}
+GPU_DEVICE void stage(uint64_t *staging, void *shared, const void *p, int bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(p), "r"(bytes), "r"(shared_address(staging))
+               : "memory");
+}
+GPU_DEVICE void wait_staged(uint64_t *staging, int turn) {
+  uint32_t done = 0;
+  while (!done)
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(staging)), "r"(turn & 1)
+                 : "memory");
+}
 // The next kernel may start while this one runs: what it does before wait_for_previous() must not need this one's results.
 GPU_DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

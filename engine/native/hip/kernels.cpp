@@ -24,8 +24,8 @@ void launch_norm(const NormArgs &args, int tokens, Stream &stream) {
   launch(halo_norm, {tokens}, kThreads, kScratchBytes + row_bytes_of(args.n), stream, args);
 }
 
-void launch_product(const ProductArgs &args, Packing packing, Epilogue epilogue, Stream &stream) {
-  launch_product_kernel(args, packing, epilogue, stream);
+void launch_product(const ProductArgs &args, Packing packing, Stream &stream) {
+  launch_product_kernel(args, packing, stream);
 }
 
 void launch_append(const AttentionArgs &args, KvStore form, Stream &stream) { launch_append_kernel(args, form, stream); }

@@ -14,6 +14,7 @@ const int kThreads = 256;         // of a block
 const int kWideThreads = 512;     // of a block that takes one row through norm, quantisation and product, and of attention
 const int kMostDecode = 16;       // tokens that the decode kernels take at once
 const uint32_t kNotFinite = 1;    // bits of the status word
+const int kQueryParts = 4;        // blocks that a KV head's query heads are shared out among, at the most
 const int kMostGroup = 16;        // query heads that share a KV head
 
 // A ternary matrix on the device: layout.h. `rows` counts the rows that are there.
@@ -73,7 +74,7 @@ struct NormArgs {  // a block a token
 enum Epilogue { kStore = 0, kAdd = 1, kGated = 2 };  // out = y; out += y; out = activation(y[2 i]) * y[2 i + 1]
 
 // `matrix` times the activations of `tokens` rows. Either x is taken through norm and quantisation by every block
-// (one token, `q.q` null), or q holds them.
+// (one token, `q.q` null), or q holds them. `n` counts the columns that are there.
 struct ProductArgs {
   const uint4 *tiles;
   const float *weight_scale;
@@ -83,7 +84,7 @@ struct ProductArgs {
   int n;
   float eps;
   Int8Rows q;
-  int tokens, x_stride, out_stride, activation;
+  int tokens, x_stride, out_stride, activation, epilogue;
   float *out;
   uint32_t *status;
 };
@@ -112,7 +113,7 @@ struct AttentionArgs {
   float *out;   // [token][out_stride]: heads * head_dim
   int out_stride;
   float *partial;   // [token][kv head][block][group][width + 2]: sums, top, total
-  int32_t *counts;  // [token][kv head], zero; zero again afterwards
+  int32_t *counts;  // [token][head], zero; zero again afterwards
   int blocks;       // of positions that partial has room for
   uint32_t *status;
 };
@@ -133,7 +134,7 @@ size_t attention_bytes(int group, int width);
 void launch_embed(const EmbedArgs &args, int tokens, Stream &stream);
 void launch_publish(const PublishArgs &args, Stream &stream);
 void launch_norm(const NormArgs &args, int tokens, Stream &stream);
-void launch_product(const ProductArgs &args, Packing packing, Epilogue epilogue, Stream &stream);  // 1 to kMostDecode tokens
+void launch_product(const ProductArgs &args, Packing packing, Stream &stream);  // 1 to kMostDecode tokens
 void launch_append(const AttentionArgs &args, KvStore form, Stream &stream);
 void launch_attention(const AttentionArgs &args, KvStore form, Stream &stream);
 void launch_repack(const RepackArgs &args, Packing packing, Stream &stream);

@@ -126,16 +126,16 @@ GPU_DEVICE void take_pair(const AttentionArgs &a, const float *from, const float
   to[e + half] = y * c + x * s;
 }
 
-// Vectors to `raw`, shared, [row][width], filled up with zeros: `queries` query heads of the group and (`writes`) the new
+// Vectors to `raw`, shared, [row][width], filled up with zeros: `queries` query heads from `first` on and (`writes`) the new
 // key, turned by the token's position, and the new value. All are asked for at once. The block does not meet at the end.
-GPU_DEVICE void take_vectors(const AttentionArgs &a, int token, int head, int queries, bool writes, float *raw) {
-  const int width = a.kv.width, size = a.kv.head_dim, half = size / 2, group = a.heads / a.kv.kv_heads;
+GPU_DEVICE void take_vectors(const AttentionArgs &a, int token, int head, int first, int queries, bool writes, float *raw) {
+  const int width = a.kv.width, size = a.kv.head_dim, half = size / 2;
   const float *qkv = a.qkv + (size_t)token * a.qkv_stride;
   const float *cosine = a.rope_now + (size_t)token * 2 * a.rope_row, *sine = cosine + a.rope_row;
   const int pairs = (queries + writes) * half;
   for (int i = thread_id(); i < pairs + (writes ? size : 0); i += kWideThreads) {
     if (i < pairs) {
-      const int row = i / half, from = row < queries ? head * group + row : a.heads + head;
+      const int row = i / half, from = row < queries ? first + row : a.heads + head;
       take_pair(a, qkv + (size_t)from * size, cosine, sine, i % half, raw + row * width);
     } else {
       raw[(queries + 1) * width + i - pairs] =
@@ -189,9 +189,9 @@ GPU_DEVICE float rotor3_codes(const float *x, int n, uint8_t *codes) {
 }
 
 // One key (which = 0) or value (1) of a token (shared, turned by its position and by the form), by a wave: its codes into
-// the cache and into `codes`, shared; its scale too.
+// `codes`, shared, and (`stores`) into the cache; its scale too.
 template <KvStore kForm>
-GPU_DEVICE float put_vector(const KvHead &kv, int which, const float *x, int width, int position, uint8_t *codes) {
+GPU_DEVICE float put_vector(const KvHead &kv, int which, const float *x, int width, int position, uint8_t *codes, bool stores) {
   float scale;
   uint8_t *base = which == 0 ? kv.keys : kv.values;
   if (kForm == KvStore::int8) {
@@ -202,6 +202,7 @@ GPU_DEVICE float put_vector(const KvHead &kv, int which, const float *x, int wid
     for (int d = lane_id(); d < width; d += kWave) {
       const uint8_t code = (uint8_t)(int8_t)nearest(x[d] * factor);
       codes[d] = code;
+      if (!stores) continue;
       if (which == 0) base[key_chunk_index(width, 16, position, d / 16) * 16 + d % 16] = code;
       if (which == 1) base[((size_t)(position / 16) * width + d) * 16 + position % 16] = code;
     }
@@ -212,12 +213,14 @@ GPU_DEVICE float put_vector(const KvHead &kv, int which, const float *x, int wid
       const uint32_t code = codes[d];
       const size_t at = which == 0 ? key_chunk_index(width, 16, position, d / 16) : (size_t)(position / 16) * width + d;
       const int i = which == 0 ? d % 16 : position % 16;
-      put_bits((uint32_t *)base + at, 2 * i, 3, code & 3);
-      put_bits((uint32_t *)(base + kv.words) + at / 2, (int)(at % 2) * 16 + i, 1, code >> 2);
+      if (stores) {
+        put_bits((uint32_t *)base + at, 2 * i, 3, code & 3);
+        put_bits((uint32_t *)(base + kv.words) + at / 2, (int)(at % 2) * 16 + i, 1, code >> 2);
+      }
       codes[d] = (uint8_t)(pick_bytes(kLevelsUp, kLevelsDown, code));  // from here on the level
     }
   }
-  if (lane_id() == 0) (which == 0 ? kv.key_scales : kv.value_scales)[position] = scale;
+  if (stores && lane_id() == 0) (which == 0 ? kv.key_scales : kv.value_scales)[position] = scale;
   return scale;
 }
 
@@ -234,7 +237,7 @@ GPU_DEVICE void put_halves(const KvHead &kv, const float *key_and_value, int wid
 template <KvStore kForm>
 GPU_DEVICE void append_token(const AttentionArgs &a, const KvHead &kv, int token, int head, float *raw) {
   const int width = a.kv.width, position = a.positions[token];
-  take_vectors(a, token, head, 0, true, raw);
+  take_vectors(a, token, head, 0, 0, true, raw);
   sync_block();
   if (kForm == KvStore::f16) {
     put_halves(kv, raw, width, position);
@@ -242,7 +245,7 @@ GPU_DEVICE void append_token(const AttentionArgs &a, const KvHead &kv, int token
   }
   if (kForm == KvStore::rotor3) turn(raw, 2, width);
   const int which = wave_id();
-  if (which < 2) put_vector<kForm>(kv, which, raw + which * width, width, position, (uint8_t *)(raw + 2 * width) + which * width);
+  if (which < 2) put_vector<kForm>(kv, which, raw + which * width, width, position, (uint8_t *)(raw + 2 * width) + which * width, true);
 }
 
 }  // namespace halo

@@ -35,28 +35,36 @@ void launch(void (*kernel)(Args), Grid grid, int threads, size_t shared, Stream 
 
 [[noreturn]] void throw_device_error(int error, const char *what);
 
-// A kernel may start before the one in front of it has ended: it waits in wait_for_previous() for that one's results.
-template <class Args>
-void launch(void (*kernel)(Args), Grid grid, int threads, size_t shared, Stream &stream, const Args &args) {
+inline void launch_with(const void *kernel, const cudaLaunchConfig_t &config, void **values) {
   cudaError_t error = cudaSuccess;
-  if (shared > 48 << 10)
-    error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  if (config.dynamicSmemBytes > 48 << 10)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)config.dynamicSmemBytes);
   // One division of a multiprocessor's memory for all kernels: to change it, it would have to run empty between two.
   if (error == cudaSuccess)
-    error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, kernel, values);
+  if (error != cudaSuccess) throw_device_error((int)error, "a kernel cannot be launched");
+}
+
+inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, size_t shared, Stream &stream, cudaLaunchAttribute *how) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = (cudaStream_t)stream.handle();
-  config.attrs = &early;
+  config.attrs = how;
   config.numAttrs = 1;
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args);
-  if (error != cudaSuccess) throw_device_error((int)error, "a kernel cannot be launched");
+  return config;
+}
+
+// A kernel may start before the one in front of it has ended: it waits in wait_for_previous() for that one's results.
+template <class Args>
+void launch(void (*kernel)(Args), Grid grid, int threads, size_t shared, Stream &stream, const Args &args) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  void *values[] = {(void *)&args};
+  launch_with((const void *)kernel, launch_config(dim3(grid.x, grid.y, grid.z), threads, shared, stream, &early), values);
 }
 
 #endif

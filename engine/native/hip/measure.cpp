@@ -67,7 +67,9 @@ void fill_floats(DeviceBytes &memory, Stream &stream) {
   stream.sync();
 }
 
-void measure_products(Stream &stream, Packing packing, int tokens, bool gemm) {
+enum Input { kFloats, kInt8 };  // what a product of one token takes: a row to be normed and quantised, or as it comes out
+
+void measure_products(Stream &stream, Packing packing, int tokens, bool gemm, Input input = kInt8) {
   for (const Shape &shape : kShapes) {
     const int cols = step_cols(packing), steps = (shape.cols + cols - 1) / cols, tile_count = shape.rows / kTileRows;
     const size_t bytes = (size_t)tile_count * steps * kStepBytes;
@@ -85,10 +87,10 @@ void measure_products(Stream &stream, Packing packing, int tokens, bool gemm) {
       a.tiles = (const uint4 *)(tiles.as<>() + (size_t)(i % copies) * bytes);
       a.weight_scale = scales.as<float>();
       a.rows = shape.rows, a.tile_count = tile_count, a.steps = steps, a.n = shape.cols, a.eps = 1e-5f;
-      a.tokens = tokens, a.out_stride = shape.rows;
+      a.tokens = tokens, a.out_stride = shape.rows, a.epilogue = shape.epilogue;
       a.out = out.as<float>();
       a.status = status.as<uint32_t>();
-      if (tokens == 1) {
+      if (input == kFloats) {
         a.x = x.as<float>(), a.norm = x.as<float>();
       } else {
         a.q = {q.as<int8_t>(), facts.as<float>(), facts.as<int32_t>() + tokens, stride};
@@ -98,14 +100,14 @@ void measure_products(Stream &stream, Packing packing, int tokens, bool gemm) {
                      shape.epilogue, 0, a.out},
                     packing, stream);
       } else {
-        launch_product(a, packing, shape.epilogue, stream);
+        launch_product(a, packing, stream);
       }
     };
     const double us = microseconds(stream, std::max(copies, 100), put);
-    printf("{\"kernel\": \"%s\", \"shape\": \"%s\", \"packing\": \"%s\", \"tokens\": %d, \"us\": %.2f, \"gb_per_s\": %.0f, "
-           "\"tera_ops\": %.1f}\n",
-           gemm ? "gemm" : "product", shape.name, packing == Packing::two_bits ? "two_bits" : "base_three", tokens, us,
-           bytes / us / 1e3, 2.0 * shape.rows * shape.cols * tokens / us / 1e6);
+    printf("{\"kernel\": \"%s\", \"shape\": \"%s\", \"packing\": \"%s\", \"tokens\": %d, \"input\": \"%s\", \"us\": %.2f, "
+           "\"gb_per_s\": %.0f, \"tera_ops\": %.1f}\n",
+           gemm ? "gemm" : "product", shape.name, packing == Packing::two_bits ? "two_bits" : "base_three", tokens,
+           input == kFloats ? "floats" : "int8", us, bytes / us / 1e3, 2.0 * shape.rows * shape.cols * tokens / us / 1e6);
     fflush(stdout);
   }
 }
@@ -122,6 +124,7 @@ int main(int count, char **arguments) {
       if (prefill) {
         for (int tokens : {32, 512, 4096}) measure_products(stream, packing, tokens, true);
       } else {
+        measure_products(stream, packing, 1, false, kFloats);
         for (int tokens : {1, 2, 4, 8, 16}) measure_products(stream, packing, tokens, false);
       }
     }

@@ -3,7 +3,7 @@
 // order does not matter. Device code.
 //
 // One token: every block takes x through the norm and quantises it itself, while its first weights are on their way: on
-// either GPU that is cheaper than a kernel of its own. Several tokens come quantised.
+// either GPU that is cheaper than a kernel of its own. Several tokens come quantised, and one may.
 #pragma once
 #include "arithmetic.h"
 #include "codes.h"
@@ -16,13 +16,12 @@ const int kAhead = 4;           // steps that each wave has on their way
 const int kWaves = kThreads / kWave, kWideWaves = kWideThreads / kWave;
 const int kManyBytes = 40 << 10;  // of the activations that a block holds at once: several tokens
 
-// The tiles of one block.
+// The tiles of one block: those of a vocabulary, times the blocks, are below 2^31.
 struct TileRange {
   int first, last;
 };
 GPU_DEVICE TileRange own_tiles(int tile_count) {
-  return {(int)((long long)tile_count * block_id() / block_count()),
-          (int)((long long)tile_count * (block_id() + 1) / block_count())};
+  return {tile_count * block_id() / block_count(), tile_count * (block_id() + 1) / block_count()};
 }
 
 // The four parts of a row lie in lanes l, l + 8, l + 16 and l + 24.
@@ -32,19 +31,20 @@ GPU_DEVICE void add_parts(int sum, int *to) {
   if (lane_id() < kTileRows) atomic_add(to + lane_id(), sum);
 }
 
-// Rows first..first + count of one token: out, from the integer sums.
-template <int kEpilogue, int kThreadCount>
+// Rows first..first + count of one token: out, from the integer sums. What is done with them is no constant of a kernel:
+// the products of a layer share one code, which the multiprocessors' instruction caches then hold.
+template <int kThreadCount>
 GPU_DEVICE void finish_rows(const ProductArgs &a, const int *sums, int first, int count, int token, int offset,
                             float x_scale) {
   float *out = a.out + (size_t)token * a.out_stride;
-  const int each = kEpilogue == kGated ? 2 : 1;
+  const int each = a.epilogue == kGated ? 2 : 1;
   for (int r = thread_id() * each; r < count; r += kThreadCount * each) {
     int row = first + r;
     if (row >= a.rows) break;
     float y = scaled(sums[r], offset, a.weight_scale[row], x_scale);
-    if (kEpilogue == kStore) out[row] = y;
-    if (kEpilogue == kAdd) out[row] = out[row] + y;
-    if (kEpilogue == kGated)
+    if (a.epilogue == kStore) out[row] = y;
+    if (a.epilogue == kAdd) out[row] = out[row] + y;
+    if (a.epilogue == kGated)
       out[row / 2] = gated(y, scaled(sums[r + 1], offset, a.weight_scale[row + 1], x_scale), a.activation);
   }
 }
@@ -55,31 +55,28 @@ struct RowScales {
   float own, next;
 };
 
-template <int kEpilogue>
 GPU_DEVICE RowScales row_scales(const ProductArgs &a, int first, int count) {
-  const int r = thread_id() * (kEpilogue == kGated ? 2 : 1);
+  const int r = thread_id() * (a.epilogue == kGated ? 2 : 1);
   if (r >= count || first + r >= a.rows) return {0.0f, 0.0f};
-  return {a.weight_scale[first + r], kEpilogue == kGated ? a.weight_scale[first + r + 1] : 0.0f};
+  return {a.weight_scale[first + r], a.epilogue == kGated ? a.weight_scale[first + r + 1] : 0.0f};
 }
 
-template <int kEpilogue>
 GPU_DEVICE float residual(const ProductArgs &a, int first, int count) {
-  if (kEpilogue != kAdd || thread_id() >= count || first + thread_id() >= a.rows) return 0.0f;
+  if (a.epilogue != kAdd || thread_id() >= count || first + thread_id() >= a.rows) return 0.0f;
   return a.out[first + thread_id()];
 }
 
-template <int kEpilogue>
 GPU_DEVICE void finish_own(const ProductArgs &a, const int *sums, int first, int count, RowFacts x, RowScales scales,
                            float before) {
-  const int each = kEpilogue == kGated ? 2 : 1, r = thread_id() * each, row = first + r;
+  const int each = a.epilogue == kGated ? 2 : 1, r = thread_id() * each, row = first + r;
   if (r < count && row < a.rows) {
     const float y = scaled(sums[r], x.sum, scales.own, x.scale);
-    if (kEpilogue == kStore) a.out[row] = y;
-    if (kEpilogue == kAdd) a.out[row] = before + y;
-    if (kEpilogue == kGated) a.out[row / 2] = gated(y, scaled(sums[r + 1], x.sum, scales.next, x.scale), a.activation);
+    if (a.epilogue == kStore) a.out[row] = y;
+    if (a.epilogue == kAdd) a.out[row] = before + y;
+    if (a.epilogue == kGated) a.out[row / 2] = gated(y, scaled(sums[r + 1], x.sum, scales.next, x.scale), a.activation);
   }
   const int more = kWideThreads * each;
-  if (count > more) finish_rows<kEpilogue, kWideThreads>(a, sums + more, first + more, count - more, 0, x.sum, x.scale);
+  if (count > more) finish_rows<kWideThreads>(a, sums + more, first + more, count - more, 0, x.sum, x.scale);
 }
 
 // Number `unit` of a wave's steps, if it has so many. Where nothing is staged the load is made in any case, of the last step
@@ -100,76 +97,105 @@ GPU_HOST_DEVICE size_t one_bytes(int n, int padded, int tiles, int staged_units)
   return kScratchBytes + row_bytes_of(n) + norm_bytes(n) + padded + (size_t)tiles * kTileRows * 4 + (size_t)staged_units * kStepBytes;
 }
 
-// How many steps of each wave lie in shared memory, of the `units` that its block has.
-GPU_HOST_DEVICE int staged_steps(int units) {
-  const int most = kStagedBytes / (kWideWaves * kStepBytes), own = (units + kWideWaves - 1) / kWideWaves;
-  return own < most ? own : most;
+// How many of a block's steps lie in shared memory.
+GPU_HOST_DEVICE int staged_steps(int units) { return units < kStagedBytes / kStepBytes ? units : kStagedBytes / kStepBytes; }
+
+// The one row as it was quantised before, to shared memory.
+template <int kThreadCount>
+GPU_DEVICE RowFacts taken_row(const Int8Rows &from, int padded, int8_t *q) {
+  for (int i = thread_id(); i < padded / 16; i += kThreadCount) ((uint4 *)q)[i] = ((const uint4 *)from.q)[i];
+  const RowFacts facts = {from.scale[0], from.sum[0], true};
+  sync_block();
+  return facts;
 }
 
+// What a wave does of a block's steps, `from` to `to`, of which `held` come through shared memory; the first one's place.
+struct WaveShare {
+  int from, to, tile, step, held;
+};
+
 // The weights of a step come from shared memory where they were staged, from registers behind those.
-template <class Codes, int kEpilogue>
-GPU_DEVICE void product_of_one(const ProductArgs &a) {
-  const int padded = a.steps * Codes::kCols;
-  const TileRange tiles = own_tiles(a.tile_count);
-  const int units = (tiles.last - tiles.first) * a.steps;
-  const int from = units * wave_id() / kWideWaves, to = units * (wave_id() + 1) / kWideWaves;
-  const int first_unit = from < units ? from : units - 1;  // of a wave that has none: what may be read
-  const uint4 *weights = a.tiles + ((size_t)tiles.first * a.steps + first_unit) * kWave + lane_id();
-  const int count = (tiles.last - tiles.first) * kTileRows, first_row = tiles.first * kTileRows;
-
-  uint8_t *shared = shared_memory();
-  uint32_t *scratch = (uint32_t *)shared;
-  float *row = (float *)(shared + kScratchBytes);
-  uint4 *norm = (uint4 *)((uint8_t *)row + row_bytes_of(a.n));
-  int8_t *q = (int8_t *)norm + norm_bytes(a.n);
-  const int room = kStagedBytes ? staged_steps(units) : 0;  // of each wave
-  uint4 *staged = (uint4 *)(q + padded) + wave_id() * room * kWave + lane_id();
-  int *sums = (int *)((uint4 *)(q + padded) + kWideWaves * room * kWave);
-  const int held = to - from < room ? to - from : room;
-  for (int i = 0; i < held; ++i) stage(staged + i * kWave, weights + i * kWave);
-  const int own_units = to - from;
-  uint4 ahead[kAhead];
-  GPU_UNROLL
-  for (int i = 0; i < kAhead; ++i) load_ahead(ahead[i], weights, held + i, own_units);
-  if (a.norm && kStagedBytes)
-    for (int i = thread_id(); i < (a.n + 15) / 16 * 4; i += kWideThreads) stage(norm + i, (const uint4 *)a.norm + i);
-  const RowScales scales = row_scales<kEpilogue>(a, first_row, count);
-  wait_for_previous();
-  const float before = residual<kEpilogue>(a, first_row, count);
-  for (int i = thread_id(); i < count; i += kWideThreads) sums[i] = 0;
-  if (kStagedBytes) wait_staged();  // each thread's own part of the norm, and weights that came meanwhile
-  const float *weights_of_norm = a.norm && kStagedBytes ? (const float *)norm : a.norm;
-  RowFacts facts = quantized_row<kWideThreads>(a.x, weights_of_norm, a.n, a.eps, padded, row, q, scratch);
-  if (!facts.finite && thread_id() == 0) atomic_or(a.status, kNotFinite);
-
-  typename Codes::Sums own;
-  int tile = from / a.steps, step = from % a.steps;
+template <class Codes>
+GPU_DEVICE void wave_sums(const WaveShare &own, int steps, const uint4 *staged, const uint4 *weights, uint4 (&ahead)[kAhead],
+                          const int8_t *q, int *sums) {
+  int tile = own.tile, step = own.step, unit = own.from;
+  const int staged_end = own.from + own.held;
+  typename Codes::Sums sum;
   const int8_t *x = q + lane_id() / kTileRows * Codes::kPart;
   auto take = [&](const uint4 &w, bool last) {
-    Codes::add(own, w, x + step * Codes::kCols);
-    if (++step == a.steps || last) {
-      add_parts(Codes::total(own), sums + tile * kTileRows);
-      own = typename Codes::Sums();
+    Codes::add(sum, w, x + step * Codes::kCols);
+    if (++step == steps || last) {
+      add_parts(Codes::total(sum), sums + tile * kTileRows);
+      sum = typename Codes::Sums();
       step = 0;
       ++tile;
     }
   };
-  let_next_start();  // not before: what the next one fetches would be in the way of this one's
-  for (int i = 0; i < held; ++i) take(staged[i * kWave], from + i + 1 == to);
-  int unit = from + held;
-  for (; unit + kAhead <= to; unit += kAhead) {
+  for (; unit < staged_end; ++unit) take(staged[unit * kWave + lane_id()], unit + 1 == own.to);
+  for (; unit + kAhead <= own.to; unit += kAhead) {
     GPU_UNROLL
     for (int i = 0; i < kAhead; ++i) {
       uint4 w = ahead[i];
-      load_ahead(ahead[i], weights, unit - from + i + kAhead, own_units);
-      take(w, unit + i + 1 == to);
+      load_ahead(ahead[i], weights, unit - own.from + i + kAhead, own.to - own.from);
+      take(w, unit + i + 1 == own.to);
     }
   }
   GPU_UNROLL
-  for (int i = 0; i < kAhead - 1; ++i)
-    if (unit + i < to) take(ahead[i], unit + i + 1 == to);
+  for (int i = 0; i + 1 < kAhead; ++i)
+    if (unit + i < own.to) take(ahead[i], unit + i + 1 == own.to);
+}
+
+template <class Codes>
+GPU_DEVICE void product_of_one(const ProductArgs &a) {
+  const int padded = a.steps * Codes::kCols;
+  const TileRange tiles = own_tiles(a.tile_count);
+  const int units = (tiles.last - tiles.first) * a.steps, room = staged_steps(units);
+  const int from = units * wave_id() / kWideWaves, to = units * (wave_id() + 1) / kWideWaves;
+  const int held = room > from ? (room < to ? room : to) - from : 0;
+  const uint4 *block_weights = a.tiles + (size_t)tiles.first * a.steps * kWave;
+  // Of a wave that has none: what may be read.
+  const uint4 *weights = block_weights + (from < units ? from : units - 1) * kWave + lane_id();
+  const int count = (tiles.last - tiles.first) * kTileRows, first_row = tiles.first * kTileRows;
+
+  uint8_t *shared = shared_memory();
+  uint32_t *scratch = (uint32_t *)shared;
+  uint64_t *norm_staging = (uint64_t *)(shared + kScratchBytes) - 2, *staging = norm_staging + 1;
+  float *row = (float *)(shared + kScratchBytes);
+  uint4 *norm = (uint4 *)((uint8_t *)row + row_bytes_of(a.n));
+  int8_t *q = (int8_t *)norm + norm_bytes(a.n);
+  uint4 *staged = (uint4 *)(q + padded);
+  int *sums = (int *)(staged + room * kWave);
+  const bool stages_norm = kStagedBytes && a.norm && !a.q.q;
+  if (kStagedBytes && thread_id() == 0) {
+    const int norm_size = stages_norm ? (int)norm_bytes(a.n) : 0;
+    begin_staging(norm_staging);
+    begin_staging(staging);
+    expect_staged(norm_staging, norm_size);
+    if (norm_size) stage(norm_staging, norm, a.norm, norm_size);
+    expect_staged(staging, room * kStepBytes);
+    if (room) stage(staging, staged, block_weights, room * kStepBytes);
+  }
+  uint4 ahead[kAhead];
+  GPU_UNROLL
+  for (int i = 0; i < kAhead; ++i) load_ahead(ahead[i], weights, held + i, to - from);
+  const RowScales scales = row_scales(a, first_row, count);
+  if (a.q.q) let_next_start();  // its weights take turns with this one's, and there is little else to do
+  wait_for_previous();
+  const float before = residual(a, first_row, count);
+  for (int i = thread_id(); i < count; i += kWideThreads) sums[i] = 0;
+  if (kStagedBytes) {
+    sync_block();  // before that, nobody knows of the stagings
+    wait_staged(norm_staging, 0);
+  }
+  const float *weights_of_norm = stages_norm ? (const float *)norm : a.norm;
+  const RowFacts facts = a.q.q ? taken_row<kWideThreads>(a.q, padded, q)
+                               : quantized_row<kWideThreads>(a.x, weights_of_norm, a.n, a.eps, padded, row, q, scratch);
+  if (!facts.finite && thread_id() == 0) atomic_or(a.status, kNotFinite);
+  let_next_start();  // not before: what the next one fetches would be in the way of this one's
+  if (kStagedBytes) wait_staged(staging, 0);
+  wave_sums<Codes>({from, to, from / a.steps, from % a.steps, held}, a.steps, staged, weights, ahead, q, sums);
   sync_block();
-  finish_own<kEpilogue>(a, sums, first_row, count, facts, scales, before);
+  finish_own(a, sums, first_row, count, facts, scales, before);
 }
 
 // What one wave does of a piece: units (a tile's step each), the first one's place, and the place that is loaded next.
@@ -199,7 +225,7 @@ GPU_DEVICE void preload(uint4 (&ahead)[kFew], const uint4 *weights, UnitRange &u
 }
 
 // Of up to kTokens tokens, whose int8 rows are there. Their columns pass through shared memory in pieces of whole steps.
-template <class Codes, int kEpilogue, int kTokens>
+template <class Codes, int kTokens>
 GPU_DEVICE void product_of_many(const ProductArgs &a) {
   const TileRange tiles = own_tiles(a.tile_count);
   const int count = tiles.last - tiles.first;
@@ -266,32 +292,20 @@ GPU_DEVICE void product_of_many(const ProductArgs &a) {
   }
   sync_block();
   for (int t = 0; t < a.tokens; ++t)
-    finish_rows<kEpilogue, kThreads>(a, sums + t * count * kTileRows, tiles.first * kTileRows, count * kTileRows, t, a.q.sum[t],
+    finish_rows<kThreads>(a, sums + t * count * kTileRows, tiles.first * kTileRows, count * kTileRows, t, a.q.sum[t],
                            a.q.scale[t]);
 }
 
-#define HALO_PRODUCTS(codes, Codes)                                                                        \
-  HALO_PRODUCT_KERNELS(codes, Codes, store, kStore)                                                        \
-  HALO_PRODUCT_KERNELS(codes, Codes, add, kAdd)                                                            \
-  HALO_PRODUCT_KERNELS(codes, Codes, gated, kGated)
-#define HALO_PRODUCT_KERNELS(codes, Codes, name, epilogue)                                                 \
-  GPU_KERNEL_TWO(kWideThreads) halo_##codes##_##name##_1(ProductArgs a) { product_of_one<Codes, epilogue>(a); } \
-  GPU_KERNEL(kThreads) halo_##codes##_##name##_2(ProductArgs a) { product_of_many<Codes, epilogue, 2>(a); } \
-  GPU_KERNEL(kThreads) halo_##codes##_##name##_4(ProductArgs a) { product_of_many<Codes, epilogue, 4>(a); } \
-  GPU_KERNEL(kThreads) halo_##codes##_##name##_8(ProductArgs a) { product_of_many<Codes, epilogue, 8>(a); } \
-  GPU_KERNEL(kThreads) halo_##codes##_##name##_16(ProductArgs a) { product_of_many<Codes, epilogue, 16>(a); }
+#define HALO_PRODUCTS(codes, Codes)                                                                     \
+  GPU_KERNEL_TWO(kWideThreads) halo_##codes##_1(ProductArgs a) { product_of_one<Codes>(a); }            \
+  GPU_KERNEL(kThreads) halo_##codes##_2(ProductArgs a) { product_of_many<Codes, 2>(a); }                \
+  GPU_KERNEL(kThreads) halo_##codes##_4(ProductArgs a) { product_of_many<Codes, 4>(a); }                \
+  GPU_KERNEL(kThreads) halo_##codes##_8(ProductArgs a) { product_of_many<Codes, 8>(a); }                \
+  GPU_KERNEL(kThreads) halo_##codes##_16(ProductArgs a) { product_of_many<Codes, 16>(a); }
 HALO_PRODUCTS(two, TwoBits)
 HALO_PRODUCTS(three, BaseThree)
 
-#define HALO_PRODUCT_TABLE(codes)                                                                    \
-  {                                                                                                  \
-    {halo_##codes##_store_1, halo_##codes##_store_2, halo_##codes##_store_4, halo_##codes##_store_8, \
-     halo_##codes##_store_16},                                                                       \
-        {halo_##codes##_add_1, halo_##codes##_add_2, halo_##codes##_add_4, halo_##codes##_add_8,     \
-         halo_##codes##_add_16},                                                                     \
-        {halo_##codes##_gated_1, halo_##codes##_gated_2, halo_##codes##_gated_4, halo_##codes##_gated_8, \
-         halo_##codes##_gated_16},                                                                   \
-  }
+#define HALO_PRODUCT_TABLE(codes) {halo_##codes##_1, halo_##codes##_2, halo_##codes##_4, halo_##codes##_8, halo_##codes##_16}
 
 // Shared memory of product_of_many: a piece of the activations, and the sums.
 inline size_t many_bytes(int steps, int cols, int tiles, int tokens) {
@@ -307,24 +321,23 @@ inline int product_blocks(int tile_count, bool one) {
   return (tile_count + each - 1) / each;
 }
 
-inline void launch_product_kernel(const ProductArgs &args, Packing packing, Epilogue epilogue, Stream &stream) {
+inline void launch_product_kernel(const ProductArgs &args, Packing packing, Stream &stream) {
   typedef void (*Kernel)(ProductArgs);
-  static const Kernel table[2][3][5] = {HALO_PRODUCT_TABLE(two), HALO_PRODUCT_TABLE(three)};
+  static const Kernel table[2][5] = {HALO_PRODUCT_TABLE(two), HALO_PRODUCT_TABLE(three)};
   const int cols = step_cols(packing);
-  const bool fused_row = !args.q.q;
-  int blocks = product_blocks(args.tile_count, fused_row), which = 0;
-  while (1 << which < args.tokens && !fused_row) ++which;
-  if (!fused_row && which == 0) which = 1;
+  const bool one = args.tokens == 1;
+  int blocks = product_blocks(args.tile_count, one), which = 0;
+  while (1 << which < args.tokens) ++which;
   // More blocks have fewer tiles each, whose sums take less of the shared memory.
   size_t shared;
   for (;; blocks = blocks * 2 < args.tile_count ? blocks * 2 : args.tile_count) {
     const int tiles = (args.tile_count + blocks - 1) / blocks + 1;
-    shared = fused_row ? one_bytes(args.n, args.steps * cols, tiles,
-                                   kStagedBytes ? kWideWaves * staged_steps(tiles * args.steps) : 0)
-                       : many_bytes(args.steps, cols, tiles, 1 << which);
+    shared = one ? one_bytes(args.n, args.steps * cols, tiles,
+                             staged_steps(tiles * args.steps))
+                 : many_bytes(args.steps, cols, tiles, 1 << which);
     if (shared <= device().shared_bytes || blocks == args.tile_count) break;
   }
-  launch(table[packing == Packing::base_three][epilogue][which], {blocks}, fused_row ? kWideThreads : kThreads, shared,
+  launch(table[packing == Packing::base_three][which], {blocks}, one ? kWideThreads : kThreads, shared,
          stream, args);
 }
 

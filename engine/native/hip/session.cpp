@@ -76,7 +76,7 @@ GpuSession::GpuSession(std::shared_ptr<const GpuModel> model, int slots, int con
   cache_ = DeviceBytes(heads * 2 * shape.half_bytes(), "the KV cache");
   if (form_ != KvStore::f16) cache_scales_ = DeviceBytes(heads * 2 * shape.room * 4, "the KV cache");
   partial_ = DeviceBytes((size_t)kMostDecode * c.num_kv_heads * (shape.room / kBlockOfKv) * group * (shape.width + 2) * 4, what);
-  counts_ = DeviceBytes((size_t)kMostDecode * c.num_kv_heads * 4, what);
+  counts_ = DeviceBytes((size_t)kMostDecode * c.num_heads * 4, what);
   x_ = DeviceBytes((size_t)most_ * hidden_row_ * 4, what);
   qkv_ = DeviceBytes((size_t)most_ * qkv_row_ * 4, what);
   attended_ = DeviceBytes((size_t)most_ * q_row_ * 4, what);
@@ -335,7 +335,7 @@ void GpuSession::put_product(const Matrix &m, const float *x, const float *norm,
   a.weight_scale = m.scales;
   a.rows = m.rows, a.tile_count = m.tile_count, a.steps = m.steps;
   a.n = m.cols, a.eps = model_->config().rms_norm_eps;
-  a.tokens = count, a.out_stride = out_stride, a.activation = model_->config().activation;
+  a.tokens = count, a.out_stride = out_stride, a.activation = model_->config().activation, a.epilogue = epilogue;
   a.out = out;
   a.status = status_.as<uint32_t>();
   if (count == 1) {
@@ -347,7 +347,7 @@ void GpuSession::put_product(const Matrix &m, const float *x, const float *norm,
     launch_gemm({m.tiles, m.scales, m.rows, m.tile_count, m.steps, a.q, count, out_stride, epilogue, a.activation, out},
                 m.packing, stream_);
   } else {
-    launch_product(a, m.packing, epilogue, stream_);
+    launch_product(a, m.packing, stream_);
   }
 }
 
@@ -425,7 +425,7 @@ void ternary_sums(const char *path, const uint8_t *codes, int rows, int cols, co
     a.q = {q.as<int8_t>(), facts.as<float>(), facts.as<int32_t>() + kMostDecode, stride};
     a.out = out.as<float>();
     a.status = status.as<uint32_t>();
-    launch_product(a, packing, kStore, stream);
+    launch_product(a, packing, stream);
     stream.copy_out(got.data(), out.as<>(), (size_t)count * rows * 4);
     stream.sync();
     for (size_t i = 0; i < (size_t)count * rows; ++i) sums[(size_t)first * rows + i] = (int32_t)got[i];

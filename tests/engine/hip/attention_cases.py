@@ -16,6 +16,7 @@ from tests.engine.hip.emulator import Program, launch_both_ways, pack
 FORMS = ["f16", "int8", "rotor3"]
 ROOM, LAYERS, LAYER = 512, 2, 1
 BLOCK, MOST_GROUP = 256, 16
+PARTS = 4  # kQueryParts
 
 
 class Batch:
@@ -106,10 +107,14 @@ class Batch:
         """Run halo_attend_* or halo_append_* on the cache (changed in place); the output rows."""
         tokens, blocks = len(self.positions), int(self.positions.max()) // BLOCK + 1
         partial = np.full((tokens, self.kv_heads, blocks, self.group, self.width + 2), np.nan, np.float32)
-        counts = np.zeros((tokens, self.kv_heads), np.int32)
+        counts = np.zeros((tokens, self.heads), np.int32)
         argument = pack(*self.arguments(data, scales, partial, counts, blocks))
         arrays = [*self.inputs(), data, scales, self.out, partial, counts, self.status]
-        grid = (tokens, self.kv_heads, 1) if "append" in kernel else (blocks, self.kv_heads, tokens)
+        grid = (
+            (tokens, self.kv_heads, 1)
+            if "append" in kernel
+            else (blocks, self.kv_heads * min(self.group, PARTS), tokens)
+        )
         threads = engine.threads(kernel)
         launch_both_ways(engine, kernel, grid, (threads, 1, 1), argument, arrays, lds=self._decode_lds())
         assert not counts.any(), "the counters of blocks must be zero again for the next step"

@@ -18,7 +18,7 @@ from tests.engine.hip import test_emulated_prefill as prefill
 from tests.engine.hip.codeobject import Kernel, Loop, occupancy
 from tests.engine.hip.elf import CodeObject, NotACodeObject, unbundle
 
-GEMV = re.compile(r"halo_(two|three)_(store|add|gated)_\d+$")
+GEMV = re.compile(r"halo_(two|three)_\d+$")
 PREFILL = re.compile(r"halo_(gemm_|prefill_(int8|rotor3))")
 
 

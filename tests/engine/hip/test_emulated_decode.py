@@ -14,11 +14,9 @@ from tests.engine.hip import layouts
 from tests.engine.hip.emulator import Program, launch_both_ways, pack
 
 KERNELS = {"halo_embed", "halo_publish", "halo_norm", "halo_repack_two", "halo_repack_three"} | {
-    f"halo_{packing}_{epilogue}_{tokens}"
-    for packing in ("two", "three")
-    for epilogue in ("store", "add", "gated")
-    for tokens in (1, 2, 4, 8, 16)
+    f"halo_{packing}_{tokens}" for packing in ("two", "three") for tokens in (1, 2, 4, 8, 16)
 }
+EPILOGUES = ("store", "add", "gated")  # kStore, kAdd, kGated
 THREADS = 256
 EPS = 1e-5
 SCRATCH = 256  # bytes: kScratchBytes
@@ -213,8 +211,8 @@ class _Product:
         argument = pack(
             self.tiles, self.scales, np.int32(self.rows), np.int32(tile_count), np.int32(steps), self.x,
             None if int8 else self.norm, np.int32(self.n), np.float32(EPS), of_rows, np.int32(self.tokens),
-            np.int32(self.x.shape[1]), np.int32(self.out.shape[1]), np.int32(self.silu), self.out,
-            self.status,
+            np.int32(self.x.shape[1]), np.int32(self.out.shape[1]), np.int32(self.silu),
+            np.int32(EPILOGUES.index(self.epilogue)), self.out, self.status,
         )  # fmt: skip
         share = -(-tile_count // blocks) + 1
         lds = room + max(1, _pieces(name)) * share * layouts.TILE_ROWS * 4
@@ -245,8 +243,20 @@ def test_product_of_one_token(engine: Program, packing: str, epilogue: str, shap
         product = _Product(packing, name, shape, 1, silu=silu)
         want = product.want(reference.rmsnorm(product.x[:, : product.n], product.norm[: product.n], EPS))
         room = SCRATCH + _row_bytes(product.n) + product.tiles.shape[1] * layouts.COLS[packing]
-        product.launch(engine, f"halo_{packing}_{name}_1", blocks, (), room)
+        product.launch(engine, f"halo_{packing}_1", blocks, (), room)
         assert (product.out == want).all() and product.status[0] == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("packing", ["two", "three"])
+def test_product_of_one_token_that_is_quantised(
+    engine: Program, packing: str, shape: tuple[int, int]
+) -> None:
+    product = _Product(packing, "add", shape, 1, silu=False)
+    x, padded = product.x[:, : product.n], product.tiles.shape[1] * layouts.COLS[packing]
+    room, want = SCRATCH + _row_bytes(product.n) + padded, product.want(x)
+    product.launch(engine, f"halo_{packing}_1", 2, _padded_int8(x, padded), room)
+    assert (product.out == want).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -265,7 +275,7 @@ def test_product_of_several_tokens(
     steps, cols = product.tiles.shape[1], layouts.COLS[packing]
     piece, want = min(MANY // (which * cols), steps), product.want(x)
     product.launch(
-        engine, f"halo_{packing}_{epilogue}_{which}", 2 if shape[0] > 16 else 1,
+        engine, f"halo_{packing}_{which}", 2 if shape[0] > 16 else 1,
         _padded_int8(x, steps * cols), which * piece * cols,
     )  # fmt: skip
     assert (product.out == want).all()
