@@ -61,6 +61,12 @@ def configure_serve(parser: ArgumentParser) -> None:
         help="requests that run at once (default: up to 8, as the memory has room for)",
     )
     parser.add_argument(
+        "--deadline",
+        type=_integer(1, 86_400),
+        metavar="SECONDS",
+        help="end a request that is not done after so long (default: never)",
+    )
+    parser.add_argument(
         "--cors-origin",
         action="append",
         default=[],
@@ -132,6 +138,7 @@ def run_serve(args: Namespace, npu: NpuProbe | None = None) -> int:
             npu=npu,
             cors_origins=origins,
             slots=args.slots,
+            deadline=args.deadline,
         )
     )
 

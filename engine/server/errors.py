@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from engine.errors import HaloError
 from engine.generate import ContextOverflow
+from engine.request import DeadlinePassed
 
 log = logging.getLogger("halo.server")
 T = TypeVar("T")
@@ -80,6 +81,9 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ContextOverflow):
         return ApiError(400, error.message, code="context_length_exceeded")
+    if isinstance(error, DeadlinePassed):
+        # The official clients ask again after a 5xx, and would only make it worse.
+        return ApiError(504, error.message, code="deadline_exceeded", headers={"x-should-retry": "false"})
     if isinstance(error, HTTPException):
         return _http(error)
     log.error("request failed", exc_info=error)

@@ -83,7 +83,8 @@ class Load:
         try:
             stats = StatsObserver(self._metrics)
             runner = Runner(engine, options.queue_limit or DEFAULT_QUEUE_LIMIT, stats)
-            service = Service(engine, runner, self._early.home, int(time.time()), stats, options.npu)
+            home, now = self._early.home, int(time.time())
+            service = Service(engine, runner, home, now, stats, options.npu, options.deadline)
             self.app = inner_app(service, self._metrics)
             runner.start()
         except BaseException:

@@ -137,6 +137,13 @@ class Runner:
         return self.scheduler.running_requests(), self.gauges().waiting
 
     def _loop(self) -> None:
+        import numpy as np
+
+        # A warning would be written to a log that may be full, and the engine would stand still behind it.
+        with np.errstate(all="ignore"):
+            self._run()
+
+    def _run(self) -> None:
         scheduler = self.scheduler
         try:
             while not self._stopping:

@@ -59,6 +59,7 @@ class ServeOptions:
     npu: NpuProbe | None = None
     cors_origins: tuple[str, ...] = ()
     slots: int | None = None  # sequences at once; as many as the memory has room for
+    deadline: float | None = None  # seconds that a request may take, waiting included
 
 
 def serve(options: ServeOptions) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,6 +47,7 @@ class Service:
     created: int
     stats: StatsObserver = field(default_factory=StatsObserver)  # the scheduler's observer, or around it
     npu: NpuProbe | None = None  # what the checks know of the NPU, asked in a thread
+    deadline: float | None = None  # seconds that a request may take, waiting included
 
     @property
     def model(self) -> str:
@@ -167,9 +169,11 @@ def too_long(error: ContextOverflow, param: str | None = None) -> ApiError:
 
 def submit_or_429(request: Request, works: Sequence[Work]) -> Job:
     """Queue a request's work; raises ApiError (429) where too many wait."""
-    runner = service_of(request).runner
+    service = service_of(request)
+    runner = service.runner
+    deadline = None if service.deadline is None else time.monotonic() + service.deadline
     try:
-        job = runner.submit(works, client=client_of(request))
+        job = runner.submit(works, client=client_of(request), deadline=deadline)
     except QueueFull:
         raise ApiError(
             429,

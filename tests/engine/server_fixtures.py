@@ -196,10 +196,10 @@ def make_engine(
     return Engine(session, TOKENIZER, ModelCard("halo-test", template, context), facts)
 
 
-def make_service(engine: Engine, queue_limit: int = 32) -> Service:
+def make_service(engine: Engine, queue_limit: int = 32, deadline: float | None = None) -> Service:
     """A service in no generation."""
     home = Home(generation_dir=None, model_dir=Path(), generation="test-generation", version="9.9")
-    return Service(engine=engine, runner=Runner(engine, queue_limit), home=home, created=1)
+    return Service(engine, Runner(engine, queue_limit), home, created=1, deadline=deadline)
 
 
 @dataclass
@@ -213,10 +213,13 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    engine: Engine, queue_limit: int = 32, key_digests: list[bytes] | None = None
+    engine: Engine,
+    queue_limit: int = 32,
+    key_digests: list[bytes] | None = None,
+    deadline: float | None = None,
 ) -> Iterator[Running]:
     """Serve `engine` on a free loopback port from another thread of this process."""
-    service = make_service(engine, queue_limit)
+    service = make_service(engine, queue_limit, deadline)
     sockets = bind("127.0.0.1", 0)
     port = sockets[0].getsockname()[1]
     server = HaloServer(build_app(service, key_digests), announcement(service, sockets))

@@ -50,6 +50,24 @@ def hashed():
 # --- the openai client
 
 
+def test_a_request_that_passes_its_deadline_ends_and_is_not_sent_again():
+    """In an answer with its status, in a stream with an event; the slot is free for the next one."""
+    with scripted(byte_tokens(b"tick ") * 80, delay=0.05, deadline=0.4) as (server, _):
+        sent: list[httpx.Request] = []
+        http = httpx.Client(event_hooks={"request": [sent.append]})
+        client = client_of(server.url).with_options(max_retries=3, http_client=http)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(**CHAT)
+        assert len(sent) == 1
+        assert caught.value.status_code == 504 and caught.value.code == "deadline_exceeded"
+        with pytest.raises(openai.APIError) as cut:
+            list(client.chat.completions.create(**CHAT, stream=True))
+        assert cut.value.code == "deadline_exceeded"
+        short = client.chat.completions.create(**CHAT, max_tokens=2)
+        assert short.usage.completion_tokens == 2
+        wait_until(lambda: server.service.runner.counts() == (0, 0))
+
+
 def test_chat_and_stream_say_the_same_and_lose_no_token():
     script = [*byte_tokens("Grüße, 🌍!".encode()), EOT]
     with scripted(script) as (server, _):
