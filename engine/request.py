@@ -77,6 +77,10 @@ class Request:
         """Whether nobody wants the rest."""
         return self._cancelled
 
+    def behind(self) -> bool:
+        """Whether whoever reads the events is far behind: it is then not worth while to make more."""
+        return False
+
     def put(self, event: Event) -> None:
         """Take an event; called for each, in order, by whoever the scheduler delivers to."""
         self.events.append(event)

@@ -204,8 +204,9 @@ class Scheduler:
                 raise
             except Exception as error:
                 self._fail(running, error)
-        self._draft()
-        parts = [part for part in plan(self._running, self.pace) if self._prepared(part)]
+        wanted = [running for running in self._running if not running.request.behind()]
+        self._draft(wanted)
+        parts = [part for part in plan(wanted, self.pace) if self._prepared(part)]
         return [part for part in parts if not part.running.ended]
 
     def _prepared(self, part: Part) -> bool:
@@ -219,9 +220,8 @@ class Scheduler:
                 return False
         return True
 
-    def _draft(self) -> None:
+    def _draft(self, few: Sequence[Running]) -> None:
         """Add drafts to what each runs next, where a few sequences decode and nothing else is to be done."""
-        few = self._running
         if not (self._speculation.limit and 0 < len(few) <= FEW) or any(one.prefilling for one in few):
             return
         drafters = [self._drafter(one) for one in few]

@@ -24,6 +24,10 @@ from engine.scheduler import Delivery, put_each
 from engine.sequence import Prompt, Step
 
 SWITCH_SECONDS: Final = 0.0005  # a thread that waits for the interpreter gets it; Python's own is 5 ms
+MOST_UNREAD: Final = 256  # events of a request that lie unread before its answer waits for the reader
+LOOK_SECONDS: Final = (
+    0.02  # how often it is looked whether such a reader has come on, where nothing else runs
+)
 log = logging.getLogger("halo.server")
 
 
@@ -70,6 +74,10 @@ class Job(Request):
             super().cancel()
             self._queue.put_nowait(None)
             self._runner.wake()
+
+    def behind(self) -> bool:
+        """Whether its client reads so slowly that events lie here; asked by the engine's thread."""
+        return self._queue.qsize() > MOST_UNREAD
 
     def put(self, event: Event) -> None:
         """Take an event, on the event loop's thread."""
@@ -151,8 +159,11 @@ class Runner:
                     while not (self._stopping or scheduler.has_work()):
                         scheduler.change.wait()
                 self._step_began = monotonic()
-                scheduler.step()
+                ran = scheduler.step()
                 self._step_began = None
+                if not ran and scheduler.has_work():  # all that runs waits for its readers
+                    with scheduler.change:
+                        scheduler.change.wait(LOOK_SECONDS)
         except DeviceLost as lost:
             self.lost = lost  # whoever waits is told, and the server ends (serve.py)
         except Exception as error:

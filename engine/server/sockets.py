@@ -13,6 +13,7 @@ from engine.errors import EXIT_COULD_NOT_RUN, HaloError
 
 DEFAULT_LISTEN = "127.0.0.1:8180"
 FIRST_FD = 3  # sd_listen_fds(3)
+SEND_BUFFER = 128 << 10  # bytes; the kernel doubles it
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -61,12 +62,21 @@ def _listener(family: int, address: Any) -> socket.socket:  # noqa: ANN401  (as 
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound_buffer(sock)
         sock.bind(address)
         sock.listen(128)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def bound_buffer(sock: socket.socket) -> None:
+    """Connections of this listener hold little that their client has not read, so that it is seen to be slow.
+
+    The kernel would let one hold megabytes: answers of many thousand tokens.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 def activated_sockets(environ: Mapping[str, str] | None = None) -> list[socket.socket]:
@@ -87,6 +97,7 @@ def activated_sockets(environ: Mapping[str, str] | None = None) -> list[socket.s
                 hint="use ListenStream= in the .socket unit.",
                 exit_code=EXIT_COULD_NOT_RUN,
             )
+        bound_buffer(sock)
         sockets.append(sock)
     return sockets
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -12,8 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.generate import Engine
+from engine.locate import ModelCard
 from engine.sampling import SamplingParams
 from engine.server.service import BODY_LIMIT
+from engine.speculate import OFF
+from tests.engine.scheduler_fixtures import SlotSession
 from tests.engine.server_fixtures import (
     EOS,
     EOT,
@@ -45,6 +51,52 @@ def scripted(script, **kwargs):
 def hashed():
     with running(make_engine(HashSession())) as server:
         yield server
+
+
+# --- clients that read slowly
+
+
+def test_an_answer_waits_for_its_reader_and_loses_nothing():
+    """What nobody reads is not made; others are answered meanwhile; what is read late is all there."""
+    count, context = 4000, 4200
+    session = SlotSession(2, context=context)
+    engine = Engine(session, TOKENIZER, ModelCard("halo-test", "bitnet", context), {}, OFF, 2)
+    ask = {**CHAT, "max_tokens": count, "ignore_eos": True, "return_token_ids": True}
+    with running(engine) as server:
+        runner = server.service.runner
+
+        def made() -> int:
+            return max((one.request.completion_tokens for one in list(runner.scheduler._running)), default=0)
+
+        with slow_stream(server.url, {**ask, "stream": True}) as lines:
+            wait_until(lambda: made() > 256)
+            seen = -1
+            while made() != seen:
+                seen = made()
+                time.sleep(0.5)
+            assert 256 < seen < count - 500
+            ask["max_tokens"] = 3
+            short = httpx.post(f"{server.url}/v1/chat/completions", json=ask, timeout=30).json()
+            assert short["usage"]["completion_tokens"] == 3 and made() == seen
+            ids: list[int] = []
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    (choice,) = json.loads(line[6:])["choices"]
+                    ids += choice["token_ids"]
+        assert len(ids) == count and ids[:3] == short["choices"][0]["token_ids"]
+
+
+@contextlib.contextmanager
+def slow_stream(url: str, body: dict[str, object]):
+    """The lines of an answer, of which nothing is read before they are asked for."""
+    data = json.dumps(body).encode()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        head = f"POST /v1/chat/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n"
+        slow.sendall(head.encode() + data)
+        with slow.makefile("rb") as lines:
+            yield lines
 
 
 # --- the openai client
