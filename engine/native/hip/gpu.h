@@ -14,6 +14,9 @@
 #include <hip/hip_runtime.h>
 #else
 #include <cuda_runtime.h>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "halo: the CUDA library needs sm_90 or newer, for its copies to shared memory: set HALO_CUDA_TARGETS"
+#endif
 #endif
 
 // GPU_KERNEL_TWO: with registers for two blocks a multiprocessor, so that the next kernel's fit in beside this one's.
